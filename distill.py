@@ -1,0 +1,244 @@
+"""Make a teacher: distil a pretrained ResNet into a patch description network (section 3.1 of EfficientAD, arXiv 2303.14535).
+
+    python distill.py --images imagenet/train --backbone-weights wide_resnet101_2-32ee1156.pth      # the paper's teacher
+    python distill.py --images photos --backbone resnet18 --backbone-weights resnet18.pth \\
+        --image-size 128 --crops 0.1 0.7 --steps 2000 --lr 1e-3 --schedule cosine                   # a quick one
+
+The backbone sees the image at twice the PDN's size, so that its layer 2 has the PDN's output grid (512² and 256² give 64²).
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from backbone import ARCHITECTURES, PatchFeatures, ResNet, WeightsError, load_weights
+from data import DataError, list_images, read_image
+from efficientad import IMAGENET_MEAN, IMAGENET_STD, PDN, CheckpointError, channel_statistics, read_checkpoint, write_checkpoint
+
+
+class Views(Dataset):
+    """What step after step sees: item i -> (key, PDN input uint8 3×S×S, backbone input uint8 3×2S×2S). A pure function of
+    (seed, i): every epoch is a new permutation of the photos, and photo p has view e in epoch e, or e mod `views` if views > 0
+    (then features can be cached by key). A view is the whole photo, or a random resized crop that covers a share
+    of its area within `crops`, flipped with probability 0.5; gray with probability 0.1 (both inputs alike)."""
+
+    def __init__(self, paths: list[Path], length: int, args: argparse.Namespace):
+        self.paths, self.length, self.args, self.decoded, self.room = paths, length, args, {}, args.cache_gib * 2**30
+
+    def __len__(self):
+        return self.length
+
+    def photo(self, p: int) -> Image.Image:
+        if p not in self.decoded:
+            image = read_image(self.paths[p])
+            self.room -= 3 * image.width * image.height
+            if self.room < 0:
+                return image
+            self.decoded[p] = image
+        return self.decoded[p]
+
+    def __getitem__(self, i: int):
+        epoch, position = divmod(i, len(self.paths))
+        p = int(np.random.default_rng((self.args.seed, epoch)).permutation(len(self.paths))[position])
+        view = epoch % self.args.views if self.args.views else epoch
+        key, rng = view * len(self.paths) + p, np.random.default_rng((self.args.seed, p, view))
+        image, box = self.photo(p), None
+        if self.args.crops:
+            area = image.width * image.height * rng.uniform(*self.args.crops)
+            ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+            w, h = min(math.sqrt(area * ratio), image.width), min(math.sqrt(area / ratio), image.height)
+            x, y = rng.uniform(0, image.width - w), rng.uniform(0, image.height - h)
+            box = (x, y, x + w, y + h)
+        if rng.random() < 0.1:
+            image = image.convert("L").convert("RGB")
+        flip = self.args.crops and rng.random() < 0.5
+        inputs = []
+        for s in (self.args.image_size, 2 * self.args.image_size):
+            view = np.asarray(image.resize((s, s), Image.Resampling.BILINEAR, box=box)).transpose(2, 0, 1)
+            inputs.append(np.ascontiguousarray(view[..., ::-1] if flip else view))
+        return key, *inputs
+
+
+class Targets:
+    """Normalized features of a batch of views, cached by key in half precision when every view of the run fits."""
+
+    def __init__(self, features: PatchFeatures, views: int, args: argparse.Namespace):
+        self.features, self.args, self.device = features, args, args.device
+        self.mean, self.std = torch.zeros(1, 384, 1, 1), torch.ones(1, 384, 1, 1)
+        fits = views * 384 * (args.image_size // 4) ** 2 * 2 <= args.cache_gib * 2**30
+        self.cache: dict[int, torch.Tensor] | None = {} if args.views and fits else None
+
+    def raw(self, large: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
+            return self.features(normalize(large, self.device)).float()
+
+    def __call__(self, keys: torch.Tensor, large: torch.Tensor) -> torch.Tensor:
+        keys = keys.tolist()
+        if self.cache is None or not all(k in self.cache for k in keys):
+            target = (self.raw(large) - self.mean.to(self.device)) / self.std.to(self.device)
+            if self.cache is not None:
+                self.cache.update(zip(keys, target.half().cpu()))
+            return target
+        return torch.stack([self.cache[k] for k in keys]).to(self.device).float()
+
+
+def normalize(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """uint8 N×3×H×W -> float32 with ImageNet's mean and standard deviation, channels last, on `device`."""
+    x = images.to(device, memory_format=torch.channels_last).float() / 255
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (x - mean) / std
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Constant, as in the paper, or cosine: linear warm-up over the first 5 % of the steps, then half a cosine down to 0."""
+    if args.schedule == "constant":
+        return args.lr
+    warmup = max(1, args.steps // 20)
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (args.steps - warmup)))
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description="Distil a pretrained ResNet into an EfficientAD teacher.")
+    p.add_argument("--images", nargs="+", required=True, metavar="DIR", help="folders of photos, searched recursively")
+    p.add_argument("--backbone", default="wide_resnet101_2", choices=ARCHITECTURES, help="default wide_resnet101_2, the paper's")
+    p.add_argument("--backbone-weights", required=True, metavar="FILE", help="torchvision's weight file of the backbone")
+    p.add_argument("--size", default="small", choices=["small", "medium"])
+    p.add_argument("--steps", type=int, default=60000)
+    p.add_argument("--batch-size", type=int, default=16)
+    p.add_argument("--lr", type=float, default=1e-4)
+    p.add_argument("--schedule", default="constant", choices=["constant", "cosine"])
+    p.add_argument("--image-size", type=int, default=256, help="the PDN's input; the backbone sees twice that (default 256)")
+    p.add_argument("--crops", type=float, nargs=2, metavar=("MIN", "MAX"), help="random crops of this share of the area, and"
+                   " flips; without it the whole photo, as in the paper")
+    p.add_argument("--views", type=int, default=0, help="different views of a photo; 0 (default): a new one every epoch")
+    p.add_argument("--statistics-images", type=int, default=10000, help="views that normalize the features (default 10000)")
+    p.add_argument("--cache-gib", type=float, default=8, help="memory bound, each, for decoded photos and for target features")
+    p.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", metavar="FILE", help="default runs/distill-SIZE/teacher_SIZE.pt")
+    p.add_argument("--checkpoint-every", type=int, default=500, metavar="STEPS")
+    p.add_argument("--resume", action="store_true", help="go on from FILE.resume, with the same options")
+    args = p.parse_args(argv)
+    args.out = Path(args.out or f"runs/distill-{args.size}/teacher_{args.size}.pt")
+    if args.image_size % 32 or args.image_size < 32:
+        p.error("--image-size must be a multiple of 32")
+    if min(args.steps, args.batch_size, args.statistics_images, args.checkpoint_every) < 1:
+        p.error("--steps, --batch-size, --statistics-images and --checkpoint-every must be at least 1")
+    if args.crops and not 0 < args.crops[0] <= args.crops[1] <= 1:
+        p.error("--crops needs 0 < MIN <= MAX <= 1")
+    if args.out.exists():
+        p.error(f"{args.out} exists; choose another --out or remove it")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    device, resume_file = args.device, Path(f"{args.out}.resume")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+
+    # Photos: every 40th is held out, at most 64, to measure the loss on photos that the teacher has not seen.
+    paths = [path for folder in args.images for path in list_images(folder, recursive=True)]
+    held_out = paths[::40][:64] if len(paths) >= 40 else []
+    paths = [path for path in paths if path not in set(held_out)]
+    views = Views(paths, args.steps * args.batch_size, args)
+
+    # Networks.
+    trunk = ResNet(args.backbone)
+    load_weights(trunk, args.backbone_weights)
+    features = PatchFeatures(trunk).to(device, memory_format=torch.channels_last)
+    targets = Targets(features, len(paths) * args.views, args)
+    pdn = PDN(args.size, padding=True).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(pdn.parameters(), lr=args.lr, weight_decay=1e-5)
+
+    # Feature statistics, or the state of an interrupted run.
+    options = {k: v for k, v in vars(args).items() if k not in ("device", "resume", "out", "checkpoint_every", "cache_gib")}
+    start = 0
+    if args.resume:
+        state = read_checkpoint(str(resume_file))
+        if state.get("options") != options:
+            raise CheckpointError(f"{resume_file}: made with other options; repeat the command that made it, with --resume")
+        start, targets.mean, targets.std = state["step"], state["mean"], state["std"]
+        pdn.load_state_dict(state["pdn"])
+        optimizer.load_state_dict(state["optimizer"])
+    else:
+        n = min(args.statistics_images, len(paths))  # the first n views: n different photos
+        loader = DataLoader(torch.utils.data.Subset(views, range(n)), args.batch_size)
+        progress = tqdm(loader, "feature statistics", unit="batch")
+        targets.mean, targets.std = (s.cpu() for s in channel_statistics(targets.raw(large) for _, _, large in progress))
+
+    def save(step: int) -> None:
+        state = {"step": step, "options": options, "mean": targets.mean, "std": targets.std}
+        write_checkpoint(state | {"pdn": pdn.state_dict(), "optimizer": optimizer.state_dict()}, str(resume_file))
+
+    # Training.
+    workers = 0 if device.type == "cpu" else max(1, min(12, (os.cpu_count() or 1) - 2))
+    order = range(start * args.batch_size, len(views))
+    loader = DataLoader(torch.utils.data.Subset(views, order), args.batch_size, num_workers=workers, pin_memory=workers > 0)
+    log = open(args.out.with_suffix(".jsonl"), "a" if args.resume else "w")
+    started, running = time.time(), None
+    bar = tqdm(loader, f"distilling {args.size}", initial=start, total=args.steps, unit="step", mininterval=1)
+    step = start
+    try:
+        for step, (keys, small, large) in enumerate(bar, start):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
+            target = targets(keys, large)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                output = pdn(normalize(small, device))
+            loss = F.mse_loss(output.float(), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step % 20 == 0 or step == args.steps - 1:
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise CheckpointError(f"step {step}: the loss is not finite; lower --lr and start again")
+                running = value if running is None else 0.9 * running + 0.1 * value
+                bar.set_postfix(loss=f"{running:.4f}")
+                entry = {"step": step, "loss": value, "lr": learning_rate(step, args), "seconds": time.time() - started}
+                print(json.dumps(entry), file=log, flush=True)
+            if (step + 1) % args.checkpoint_every == 0 and step + 1 < args.steps:
+                save(step + 1)
+    except KeyboardInterrupt:
+        save(step)
+        print(f"\ninterrupted at step {step}: go on with the same command and --resume", file=sys.stderr)
+        raise SystemExit(130) from None
+
+    # The loss on photos that were held out, and the teacher in half precision.
+    result = {"step": args.steps, "seconds": time.time() - started}
+    if held_out:
+        unseen = Views(held_out, len(held_out), args)
+        errors = []
+        with torch.no_grad():
+            for keys, small, large in DataLoader(unseen, args.batch_size):
+                target = (targets.raw(large) - targets.mean.to(device)) / targets.std.to(device)
+                errors += (pdn(normalize(small, device)) - target).square().mean((1, 2, 3)).tolist()
+        result["held_out_loss"] = sum(errors) / len(errors)
+    print(json.dumps(result), file=log, flush=True)
+    print(json.dumps(result))
+    write_checkpoint({k: v.half().contiguous().cpu() for k, v in pdn.state_dict().items()}, str(args.out))
+    resume_file.unlink(missing_ok=True)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (DataError, WeightsError, CheckpointError, OSError) as error:
+        print(f"distill.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,360 @@
+"""EfficientAD: accurate visual anomaly detection at millisecond-level latencies (Batzner, Heckler, König, arXiv 2303.14535).
+
+The whole model in one file that needs torch alone: copy it into your project. Read it from top to bottom: networks, losses,
+then `EfficientAD`, which holds everything needed to score an image.
+
+    model = EfficientAD(size="small", image_size=(256, 256))
+    model.load_teacher("weights/teacher_small.pt")               # section 3.1; distill.py makes one
+    model.fit_teacher_statistics(batches)                        # batches: uint8 or float N×3×256×256, normal images
+    losses = model.losses(images, augmented, pretraining)        # sections 3.2 and 3.3; train.py has the loop
+    sum(losses.values()).backward()
+    model.calibrate(validation_batches)                          # section 3.4; normal images held out of training
+    map, score = model.eval()(images)                            # N×1×256×256 and N; anomalous where score > model.threshold
+    model.save("model.pt"); model = EfficientAD.load("model.pt")
+"""
+
+import math
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHANNELS = 384  # C, the teacher's output channels
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or teacher file is missing, damaged or foreign; the message names the file and the remedy."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- networks
+
+
+class PDN(nn.Sequential):
+    """Patch description network (section 3.1, figure 2), for teacher and student. Normalized images N×3×H×W float ->
+    N×`channels`×h×w: every output vector describes a 33×33 patch, one each 4 pixels. h = H/4 with zero padding, and H/4 − 8
+    without, for H a multiple of 4. `size` is "small" or "medium" (EfficientAD-M); raises ValueError otherwise."""
+
+    def __init__(self, size: str = "small", channels: int = CHANNELS, padding: bool = False):
+        if size not in ("small", "medium"):
+            raise ValueError(f"size must be 'small' or 'medium', got {size!r}")
+        p, width = int(padding), 128 if size == "small" else 256
+        layers = [
+            nn.Conv2d(3, width, 4, padding=3 * p),
+            nn.ReLU(),
+            nn.AvgPool2d(2, 2, padding=p),  # padding counts in the mean, as published
+            nn.Conv2d(width, 2 * width, 4, padding=3 * p),
+            nn.ReLU(),
+            nn.AvgPool2d(2, 2, padding=p),
+        ]
+        if size == "medium":
+            layers += [nn.Conv2d(2 * width, 2 * width, 1), nn.ReLU()]
+        layers += [nn.Conv2d(2 * width, 2 * width, 3, padding=p), nn.ReLU(), nn.Conv2d(2 * width, channels, 4)]
+        if size == "medium":
+            layers += [nn.ReLU(), nn.Conv2d(channels, channels, 1)]
+        super().__init__(*layers)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """The input of the last layer."""
+        for layer in list(self)[:-1]:
+            x = layer(x)
+        return x
+
+
+class Autoencoder(nn.Sequential):
+    """Autoencoder (section 3.3). Normalized images N×3×H×W float -> N×`CHANNELS`×h×w, with (h, w) = `output_size`, the PDN's.
+    The bottleneck is 1×1×64 for any image size that is a multiple of 32 and at least 128: the last encoder kernel and the
+    decoder's sizes scale with the image; 256×256 is the paper's. Raises ValueError for another image size."""
+
+    def __init__(self, image_size: tuple[int, int] = (256, 256), output_size: tuple[int, int] = (56, 56)):
+        check_image_size(image_size)
+        layers, c = [], 3
+        for width in (32, 32, 64, 64, 64):
+            layers += [nn.Conv2d(c, width, 4, stride=2, padding=1), nn.ReLU()]
+            c = width
+        layers.append(nn.Conv2d(64, 64, tuple(s // 32 for s in image_size)))  # no ReLU: N×64×1×1
+        for divisor, less in ((64, 1), (32, 0), (16, 1), (8, 0), (4, 1), (2, 1)):  # at 256²: 3, 8, 15, 32, 63, 127
+            target = tuple(s // divisor - less for s in image_size)
+            layers += [nn.Upsample(target, mode="bilinear"), nn.Conv2d(64, 64, 4, padding=2), nn.ReLU(), nn.Dropout(0.2)]
+        layers += [nn.Upsample(output_size, mode="bilinear"), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()]
+        layers.append(nn.Conv2d(64, CHANNELS, 3, padding=1))
+        super().__init__(*layers)
+
+
+def check_image_size(image_size: tuple[int, int]) -> None:
+    """Raise ValueError unless height and width are multiples of 32 and at least 128."""
+    if any(s < 128 or s % 32 for s in image_size):
+        raise ValueError(f"image height and width must be multiples of 32 and at least 128, got {image_size}")
+
+
+# -------------------------------------------------------------------------------------------------------------- statistics
+
+
+def quantile(x: Tensor, q: float) -> Tensor:
+    """The q-quantile of all elements of `x` (float, any shape and number of elements), as a scalar; exact, with linear
+    interpolation between neighbours. It is `torch.quantile` without that function's limit of 2²⁴ elements and with the
+    position q·(n−1) in float64. NaN if any element is. Raises ValueError for q outside [0, 1] and for an empty x."""
+    x, n = x.detach().flatten(), x.numel()
+    if not 0 <= q <= 1 or n == 0:
+        raise ValueError(f"quantile needs 0 <= q <= 1 and at least one element, got q = {q} of {n} elements")
+    position = q * (n - 1)
+    low = math.floor(position)
+    value = x.kthvalue(low + 1).values
+    if position > low:
+        value = torch.lerp(value, x.kthvalue(low + 2).values, position - low)
+    return torch.where(x.isnan().any(), math.nan, value)  # kthvalue sorts NaN last
+
+
+def channel_statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and (population) standard deviation per channel over batches N×C×h×w -> two float32 1×C×1×1. One pass: per-batch
+    moments in float64, merged with Chan's update, so that nothing cancels. Raises ValueError if there is no batch."""
+    count, mean, squares = 0, None, None
+    for batch in batches:
+        batch = batch.double()
+        n = batch.numel() // batch.shape[1]
+        m = batch.mean((0, 2, 3), keepdim=True)
+        s = (batch - m).square().sum((0, 2, 3), keepdim=True)
+        if mean is None:
+            count, mean, squares = n, m, s
+            continue
+        delta, total = m - mean, count + n
+        mean = mean + delta * (n / total)
+        squares = squares + s + delta.square() * (count * n / total)
+        count = total
+    if mean is None:
+        raise ValueError("channel statistics need at least one batch")
+    return mean.float(), (squares / count).sqrt().float()
+
+
+# ------------------------------------------------------------------------------------------------------------------ losses
+# All take features N×C×h×w (any float dtype) and give a float32 scalar.
+
+
+def hard_feature_loss(teacher: Tensor, student: Tensor, p_hard: float = 0.999) -> Tensor:
+    """L_hard (section 3.2): mean of the squared differences that are at least as large as their p_hard-quantile, taken over
+    all elements of the batch. p_hard = 0 is the plain student–teacher loss. No gradient flows through the quantile."""
+    d = (teacher.float() - student.float()).square()
+    hard = d >= quantile(d, p_hard)
+    return (d * hard).sum() / hard.sum()
+
+
+def pretraining_penalty(student: Tensor) -> Tensor:
+    """Mean of S(P)² for a pretraining image P (section 3.2): the student shall not imitate the teacher on other images."""
+    return student.float().square().mean()
+
+
+def autoencoder_loss(teacher: Tensor, autoencoder: Tensor) -> Tensor:
+    """L_AE (section 3.3): mean squared difference between teacher and autoencoder."""
+    return F.mse_loss(autoencoder.float(), teacher.float())
+
+
+def student_autoencoder_loss(autoencoder: Tensor, student: Tensor) -> Tensor:
+    """L_STAE (section 3.3): mean squared difference between autoencoder and the student's second half S'. The gradient reaches
+    both."""
+    return F.mse_loss(student.float(), autoencoder.float())
+
+
+# ------------------------------------------------------------------------------------------------------------------- model
+
+
+class EfficientAD(nn.Module):
+    """Teacher, student and autoencoder with all that is needed to score an image; figure 5 of the paper.
+
+    `size`: "small" (S) or "medium" (M). `image_size`: (H, W), multiples of 32 from 128. `padding`: zero padding inside teacher
+    and student; the published models have none, and their maps are padded by 4 positions of 4 pixels before they are resized.
+    Images are RGB N×3×H×W, uint8 0–255 or float 0–1; they are normalized here. Raises ValueError for an impossible option.
+
+    Buffers: teacher_mean, teacher_std 1×384×1×1; quantiles [[q_a, q_b] of the local, of the global map]; threshold, the score
+    above which an image is called anomalous (infinite until `calibrate`)."""
+
+    def __init__(self, *, size: str = "small", image_size: tuple[int, int] = (256, 256), padding: bool = False):
+        super().__init__()
+        image_size = tuple(image_size)
+        check_image_size(image_size)
+        self.config = {"size": size, "image_size": image_size, "padding": padding}
+        self.training_info: dict = {}  # how it was trained; saved, never used here
+        self.image_size, self.padding = image_size, padding
+        self.teacher = PDN(size, CHANNELS, padding).requires_grad_(False)
+        self.student = PDN(size, 2 * CHANNELS, padding)  # first half S predicts the teacher, second half S' the autoencoder
+        self.autoencoder = Autoencoder(image_size, tuple(s // 4 - (0 if padding else 8) for s in image_size))
+        self.register_buffer("teacher_mean", torch.zeros(1, CHANNELS, 1, 1))
+        self.register_buffer("teacher_std", torch.ones(1, CHANNELS, 1, 1))
+        self.register_buffer("quantiles", torch.tensor([[0.0, 0.1], [0.0, 0.1]]))  # 0 and 0.1: leaves the maps as they are
+        self.register_buffer("threshold", torch.tensor(math.inf))
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+
+    # ---- inference
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """RGB N×3×H×W, uint8 0–255 or float 0–1 -> float32 with ImageNet's mean and standard deviation. Raises ValueError for
+        another shape, TypeError for another dtype."""
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, *self.image_size):
+            raise ValueError(f"images must be N×3×{self.image_size[0]}×{self.image_size[1]}, got {tuple(images.shape)}")
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        elif not images.is_floating_point():
+            raise TypeError(f"images must be uint8 (0–255) or float (0–1), got {images.dtype}")
+        return (images.float() - self.mean) / self.std
+
+    @torch.no_grad()
+    def teacher_features(self, x: Tensor) -> Tensor:
+        """Normalized images N×3×H×W -> the teacher's output N×384×h×w, (T − μ)/σ per channel."""
+        return (self.teacher(x) - self.teacher_mean) / self.teacher_std
+
+    def raw_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Local and global anomaly map before normalization, each N×1×h×w: channel means of (T − S)² (section 3.2) and
+        (A − S')² (section 3.3)."""
+        x = self.normalize(images)
+        student, student_ae = self.student(x).split(CHANNELS, 1)
+        local_map = (self.teacher_features(x) - student).float().square().mean(1, keepdim=True)
+        global_map = (self.autoencoder(x) - student_ae).float().square().mean(1, keepdim=True)
+        return local_map, global_map
+
+    def normalize_maps(self, local_map: Tensor, global_map: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw maps N×1×h×w -> normalized (section 3.4: q_a becomes 0, q_b 0.1) and resized to the image, each N×1×H×W."""
+        maps = []
+        for m, (q_a, q_b) in zip((local_map, global_map), self.quantiles):
+            m = 0.1 * (m - q_a) / (q_b - q_a)
+            if not self.padding:
+                m = F.pad(m, (4, 4, 4, 4))
+            maps.append(F.interpolate(m, self.image_size, mode="bilinear"))
+        return maps[0], maps[1]
+
+    def maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Local and global anomaly map, normalized and resized, each N×1×H×W. The combined map is their mean."""
+        return self.normalize_maps(*self.raw_maps(images))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """RGB N×3×H×W, uint8 0–255 or float 0–1 -> combined anomaly map N×1×H×W and anomaly score N, its maximum."""
+        return self.combine(*self.maps(images))
+
+    @staticmethod
+    def combine(local_map: Tensor, global_map: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalized local and global map N×1×H×W -> combined map N×1×H×W and anomaly score N (section 3.3)."""
+        combined_map = 0.5 * (local_map + global_map)
+        return combined_map, combined_map.amax((1, 2, 3))
+
+    # ---- training
+
+    def losses(self, images: Tensor, augmented: Tensor, pretraining: Tensor | None, p_hard: float = 0.999) -> dict[str, Tensor]:
+        """The four loss terms of a step, by name; their sum is minimized. `images` I, `augmented` J (I with jittered colour) and
+        `pretraining` P (None leaves the penalty out) are N×3×H×W, uint8 or float. The student runs once over all three, and its
+        last layer computes only the half that each loss needs."""
+        n = len(images)
+        x = torch.cat([self.normalize(images), self.normalize(augmented)])
+        teacher, teacher_j = self.teacher_features(x).split(n)
+        autoencoder_j = self.autoencoder(x[n:])
+        if pretraining is not None:
+            x = torch.cat([x, self.normalize(pretraining)])
+        hidden, last = self.student.hidden(x), self.student[-1]
+        student_j = F.conv2d(hidden[n : 2 * n], last.weight[CHANNELS:], last.bias[CHANNELS:])  # S'(J)
+        hidden = torch.cat([hidden[:n], hidden[2 * n :]])
+        student = F.conv2d(hidden, last.weight[:CHANNELS], last.bias[:CHANNELS])  # S(I), S(P)
+        losses = {
+            "hard": hard_feature_loss(teacher, student[:n], p_hard),
+            "autoencoder": autoencoder_loss(teacher_j, autoencoder_j),
+            "student_autoencoder": student_autoencoder_loss(autoencoder_j, student_j),
+        }
+        if pretraining is not None:
+            losses["penalty"] = pretraining_penalty(student[n:])
+        return losses
+
+    @torch.no_grad()
+    def fit_teacher_statistics(self, batches: Iterable[Tensor]) -> None:
+        """Set teacher_mean and teacher_std from the training images (batches N×3×H×W, uint8 or float)."""
+        mean, std = channel_statistics(self.teacher(self.normalize(b)) for b in batches)
+        if not bool((std > 0).all()):
+            raise ValueError("a teacher channel is constant over the training images: is the teacher trained?")
+        self.teacher_mean.copy_(mean)
+        self.teacher_std.copy_(std)
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Tensor], a: float = 0.9, b: float = 0.995, gaussian: bool = False) -> Tensor:
+        """Set quantiles and threshold from normal images held out of training (batches N×3×H×W) and return their scores.
+        q_a and q_b are over all pixels of all maps (section 3.4). `gaussian` is the ablation's baseline instead, mean 0 and
+        variance 1 over those pixels: the same linear map with q_a = μ and q_b = μ + 0.1·σ. The threshold is the highest score
+        of these images: of n + 1 normal images, the new one exceeds it with probability 1/(n + 1)."""
+        if not 0 <= a < b <= 1:
+            raise ValueError(f"map normalization needs 0 <= a < b <= 1, got a = {a}, b = {b}")
+        self.eval()
+        raw = [self.raw_maps(batch) for batch in batches]
+        if not raw:
+            raise ValueError("calibration needs at least one image")
+        for i, maps in enumerate(zip(*raw)):
+            m = torch.cat(maps).flatten()
+            m = m.double() if gaussian else m
+            q_a, q_b = (m.mean(), m.mean() + 0.1 * m.std(correction=0)) if gaussian else (quantile(m, a), quantile(m, b))
+            if not bool(q_b > q_a):
+                raise ValueError(f"the {('local', 'global')[i]} map is constant or not a number on the validation images")
+            self.quantiles[i, 0], self.quantiles[i, 1] = q_a, q_b
+        scores = torch.cat([self.combine(*self.normalize_maps(*maps))[1] for maps in raw])
+        self.threshold.copy_(scores.max())
+        return scores
+
+    # ---- files
+
+    def load_teacher(self, path: str) -> None:
+        """Load a teacher file: the PDN's weights, fp16 or fp32, named as an nn.Sequential ("0.weight", …) or as "conv1.weight", ….
+        Raises CheckpointError if it is missing, damaged, foreign or of the other size."""
+        state = read_checkpoint(path)
+        convolutions = {k for k in state if isinstance(k, str) and k.endswith(".weight") and k.startswith("conv")}
+        if convolutions:
+            indices = [k.split(".")[0] for k in self.teacher.state_dict() if k.endswith(".weight")]
+            names = {f"conv{i + 1}": index for i, index in enumerate(indices)}
+            state = {".".join([names.get(k.split(".")[0], k), *k.split(".")[1:]]): v for k, v in state.items()}
+        try:
+            self.teacher.load_state_dict(state)
+        except (RuntimeError, AttributeError, TypeError):
+            size = self.config["size"]
+            raise CheckpointError(f"{path}: not a {size} teacher; pass one that `distill.py --size {size}` made") from None
+        if not all(bool(p.isfinite().all()) for p in self.teacher.parameters()):
+            raise CheckpointError(f"{path}: the teacher's weights are not finite; make it again with distill.py")
+
+    def save(self, path: str) -> None:
+        """Write config, weights, statistics, quantiles, threshold and training_info to one file that
+        `torch.load(weights_only=True)` reads. Written under a temporary name and renamed."""
+        write_checkpoint(
+            {"format": "efficientad", "config": self.config, "training": self.training_info, "state": self.state_dict()}, path
+        )
+
+    @classmethod
+    def load(cls, path: str) -> "EfficientAD":
+        """Read a model that `save` wrote, on the CPU, in eval mode. Executes no code from the file. Raises CheckpointError if it
+        is missing, damaged or of another program."""
+        checkpoint = read_checkpoint(path)
+        if checkpoint.get("format") != "efficientad":
+            raise CheckpointError(f"{path}: not a model of this program; pass a model.pt that train.py wrote")
+        try:
+            model = cls(**checkpoint["config"])
+            model.load_state_dict(checkpoint["state"])
+            model.training_info = dict(checkpoint["training"])
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
+            raise CheckpointError(f"{path}: damaged model file; train again or restore it from a copy") from None
+        return model.eval()
+
+
+def write_checkpoint(checkpoint: dict, path: str) -> None:
+    """torch.save under a temporary name in the same folder, then rename: a reader never sees half a file."""
+    temporary = f"{path}.tmp{os.getpid()}"
+    try:
+        torch.save(checkpoint, temporary)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def read_checkpoint(path: str) -> dict:
+    """A dict that torch.load(weights_only=True) reads, on the CPU. Raises CheckpointError otherwise."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except Exception:  # torch.load raises many kinds of errors for a foreign or damaged file
+        raise CheckpointError(f"{path}: not a readable checkpoint (damaged, or of another program)") from None
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{path}: not a checkpoint of this program")
+    return checkpoint

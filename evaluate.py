@@ -1,0 +1,205 @@
+"""Evaluate a trained model on its category's test images, or score any folder of images.
+
+    python evaluate.py                               # the newest run
+    python evaluate.py --run runs/bottle-small --tiff
+    python evaluate.py --run runs/bottle-small --images new_photos
+
+Writes into the run folder: results.json, scores.csv, overlays/ (input, mask, combined, local and global map) and, with --tiff,
+anomaly maps as the official evaluation scripts of MVTec AD and MVTec LOCO read them.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from data import Category, DataError, Sample, list_images, open_category, read_image, to_array
+from efficientad import CheckpointError, EfficientAD
+from metrics import average_precision, image_auroc
+
+MAPS = ("combined", "local", "global")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description="Evaluate a trained model, or score a folder of images.")
+    p.add_argument("--run", metavar="DIR", help="run folder of train.py; default the newest in runs/")
+    p.add_argument("--data", help="category to test on; default the one that the model was trained on")
+    p.add_argument("--images", metavar="DIR", help="score the images in this folder instead: images/scores.csv and overlays")
+    p.add_argument("--tiff", action="store_true", help="also write anomaly_maps/<category>/test/<type>/<name>.tiff: float32,"
+                   " original image size")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return p.parse_args(argv)
+
+
+def newest_run() -> Path:
+    models = sorted(Path("runs").glob("*/model.pt"), key=lambda p: p.stat().st_mtime)
+    if not models:
+        raise DataError("runs/: no trained model; run train.py first, or name a run with --run")
+    return models[-1].parent
+
+
+def write(path: Path, content: str | bytes | Image.Image) -> None:
+    """Write a text, bytes or an image under a temporary name, then rename: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.stem}.tmp{os.getpid()}{path.suffix}")
+    try:
+        if isinstance(content, Image.Image):
+            content.save(temporary)
+        else:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def table(rows: list[list[str]]) -> str:
+    """Rows (the first is the header) as aligned Markdown; all columns but the first to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["| " + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths))) + " |" for r in rows]
+    return "\n".join([lines[0], "|" + "|".join(("-" * (w + 1) + ":") if i else "-" * (w + 2) for i, w in enumerate(widths)) + "|",
+                      *lines[1:]])  # fmt: skip
+
+
+def heat(values: np.ndarray) -> np.ndarray:
+    """Map in 0–1 (h×w) -> RGB uint8 h×w×3: black, violet, red, yellow, white. Outside it is clipped."""
+    stops = np.array([[0, 0, 0], [70, 20, 110], [200, 40, 60], [250, 170, 30], [255, 255, 220]], float)
+    position = np.clip(values, 0, 1) * (len(stops) - 1)
+    return np.stack([np.interp(position, range(len(stops)), stops[:, c]) for c in range(3)], -1).astype(np.uint8)
+
+
+def overlay(image: Image.Image, mask: np.ndarray | None, maps: dict[str, np.ndarray], score: float, threshold: float) -> Image.Image:
+    """One row: input, mask (if given), and the input under each map's heat colours, on one scale for every picture of a run: from
+    0 (q_a) to twice the threshold, so that the threshold is in the middle."""
+    side = 256
+    size = (side, max(1, round(side * image.height / image.width)))
+    image = image.resize(size, Image.Resampling.BILINEAR)
+    panels = [("input", image)]
+    if mask is not None:
+        panels.append(("mask", Image.fromarray(mask).convert("RGB").resize(size)))
+    for name, values in maps.items():
+        values = np.asarray(Image.fromarray(values.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
+        scale = values / (2 * max(threshold, 1e-6))
+        weight = np.clip(scale * 2, 0, 0.8)[..., None]
+        panels.append((name, Image.fromarray((np.asarray(image) * (1 - weight) + heat(scale) * weight).astype(np.uint8))))
+    sheet = Image.new("RGB", (len(panels) * (side + 4) - 4, size[1] + 18), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (name, panel) in enumerate(panels):
+        sheet.paste(panel, (i * (side + 4), 18))
+        if name == "combined":
+            name = f"combined: score {score:.3f} {'>' if score > threshold else '<='} threshold {threshold:.3f}"
+        draw.text((i * (side + 4) + 4, 3), name, "black")
+    return sheet
+
+
+@torch.no_grad()
+def predict(model: EfficientAD, path: Path, device: torch.device) -> tuple[Image.Image, dict[str, np.ndarray], dict[str, float]]:
+    """Image file -> (RGB image, anomaly maps by name as float32 H×W of the model's image size, scores by name: their maxima)."""
+    image = read_image(path)
+    tensor = torch.from_numpy(to_array(image, model.image_size))[None].to(device, memory_format=torch.channels_last)
+    local_map, global_map = model.maps(tensor)
+    combined_map, _ = model.combine(local_map, global_map)
+    maps = {name: m[0, 0].cpu().numpy() for name, m in zip(MAPS, (combined_map, local_map, global_map))}
+    return image, maps, {name: float(m.max()) for name, m in maps.items()}
+
+
+def csv_text(header: list[str], rows: list[list]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue()
+
+
+def summarize(scores: dict[str, np.ndarray], samples: list[Sample], category: Category, threshold: float) -> dict:
+    """Image AU-ROC and average precision for each map: of every defect type against the good images, and overall: all types
+    pooled, but for LOCO the mean of logical and structural, as its authors define it."""
+    defects = np.array([s.defect for s in samples])
+    types = [d for d in dict.fromkeys(defects.tolist()) if d != "good"]
+    if not types or "good" not in defects:
+        raise DataError(f"{category.root}: its test images need 'good' ones and at least one defect type")
+
+    def measure(which: np.ndarray) -> dict:
+        entry = {"images": int(which.sum())}
+        for name in MAPS:
+            normal, anomalous = scores[name][defects == "good"], scores[name][which]
+            suffix = "" if name == "combined" else f"_{name}"
+            entry[f"image_auroc{suffix}"] = image_auroc(normal, anomalous)
+            entry[f"image_ap{suffix}"] = average_precision(normal, anomalous)
+        entry["detected"] = float((scores["combined"][which] > threshold).mean())
+        return entry
+
+    by_type = {t: measure(defects == t) for t in types}
+    overall = measure(defects != "good")
+    if category.layout == "loco":
+        overall |= {k: float(np.mean([by_type[t][k] for t in types])) for k in overall if k != "images"}
+    false_alarms = float((scores["combined"][defects == "good"] > threshold).mean())
+    good = {"good_images": int((defects == "good").sum()), "threshold": threshold, "false_alarms": false_alarms}
+    return {"category": category.name, **overall, **good, "types": by_type}
+
+
+def results_table(results: dict) -> str:
+    columns = {"image_auroc": "image AU-ROC", "image_ap": "AP", "image_auroc_local": "local only", "image_auroc_global": "global only",
+               "detected": "above threshold"}  # fmt: skip
+    rows = [[results["category"], "images", *columns.values()]]
+    rows += [[name, str(e["images"]), *(f"{100 * e[c]:.1f}" for c in columns)] for name, e in results["types"].items()]
+    rows.append(["overall", str(results["images"]), *(f"{100 * results[c]:.1f}" for c in columns)])
+    rows.append(["good", str(results["good_images"]), *[""] * 4, f"{100 * results['false_alarms']:.1f}"])
+    return table(rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    run = Path(args.run) if args.run else newest_run()
+    device = torch.device(args.device)
+    model = EfficientAD.load(str(run / "model.pt")).to(device, memory_format=torch.channels_last)
+    threshold = model.threshold.item()
+
+    if args.images:
+        folder, rows = run / "images", []
+        for path in tqdm(list_images(args.images, recursive=True), "scoring", unit="image"):
+            image, maps, scores = predict(model, path, device)
+            name = path.relative_to(args.images)
+            rows.append([str(name), *(f"{scores[m]:.6f}" for m in MAPS), int(scores["combined"] > threshold)])
+            write(folder / "overlays" / f"{name}.png", overlay(image, None, maps, scores["combined"], threshold))
+        write(folder / "scores.csv", csv_text(["image", "score", "score_local", "score_global", "anomalous"], rows))
+        print(f"{sum(row[-1] for row in rows)} of {len(rows)} images above the threshold {threshold:.4f}")
+        print(f"wrote {folder / 'scores.csv'} and {folder / 'overlays'}")
+        return
+
+    category = open_category(args.data or model.training_info["data"])
+    if not category.test:
+        raise DataError(f"{category.root}: no test images (test/good, test/<defect>); score a folder with --images DIR")
+    rows = []
+    for sample in tqdm(category.test, "evaluating", unit="image"):
+        image, maps, scores = predict(model, sample.path, device)
+        name = f"{sample.defect}/{sample.path.stem}"
+        rows.append([name, sample.defect, *(scores[m] for m in MAPS), int(scores["combined"] > threshold)])
+        mask = sample.mask(image.size[::-1])
+        write(run / "overlays" / f"{name}.png", overlay(image, mask, maps, scores["combined"], threshold))
+        if args.tiff:
+            tiff = Image.fromarray(maps["combined"]).resize(image.size, Image.Resampling.BILINEAR)
+            write(run / "anomaly_maps" / category.name / "test" / f"{name}.tiff", tiff)
+    scores = {name: np.array([row[2 + i] for row in rows]) for i, name in enumerate(MAPS)}
+    results = summarize(scores, category.test, category, threshold)
+    info = {k: model.training_info.get(k) for k in ("size", "image_size", "steps", "seed", "precision")}
+    write(run / "scores.csv", csv_text(["image", "defect", "score", "score_local", "score_global", "anomalous"], rows))
+    write(run / "results.json", json.dumps(results | {"training": info}, indent=1) + "\n")
+    text = results_table(results)
+    write(run / "results.md", text + "\n")
+    print(text)
+    print(f"percent; the threshold {threshold:.4f} is the highest score of the validation images")
+    print(f"wrote {run / 'results.json'}, results.md, scores.csv and overlays/")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (DataError, CheckpointError, OSError) as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,251 @@
+"""Train EfficientAD on one category (sections 3.2 to 3.4 of arXiv 2303.14535).
+
+    python train.py                                  # the built-in demo set
+    python train.py --data mvtec/bottle              # then: python evaluate.py
+    python train.py --data mvtec_loco/pushpins --size medium --pretraining-images imagenet/train
+    python train.py --resume runs/bottle-small       # go on after an interruption
+
+Every random choice of a step is a function of the seed and the step's number, so a resumed run equals an uninterrupted one.
+"""
+
+import argparse
+import json
+import math
+import signal
+import sys
+import time
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data import DataError, Images, PhotographCrops, list_images, open_category
+from efficientad import CheckpointError, EfficientAD, check_image_size, read_checkpoint, write_checkpoint
+
+PAPER_STEPS, CPU_STEPS = 70000, 1500
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options of a run; with --resume those of the interrupted run. Exits with status 2 on an impossible option."""
+    p = argparse.ArgumentParser(description="Train EfficientAD on normal images.", argument_default=argparse.SUPPRESS)
+    p.add_argument("--data", help="a category (MVTec AD, MVTec LOCO, VisA), a folder of normal images, or 'demo' (default)")
+    p.add_argument("--size", choices=["small", "medium"], help="EfficientAD-S (default) or EfficientAD-M")
+    p.add_argument("--steps", type=int, help=f"default {PAPER_STEPS} as in the paper; {CPU_STEPS} without a GPU")
+    p.add_argument("--teacher", help="teacher file; default weights/teacher_SIZE.pt beside this script")
+    p.add_argument("--pretraining-images", help="folder of photos for the pretraining penalty, or 'none' for no penalty;"
+                   " default: random crops of the two photographs that scikit-learn ships")
+    p.add_argument("--image-size", type=int, nargs="+", help="H W, or one number for both; multiples of 32 from 128;"
+                   " default 256, but 128 for the demo set")
+    p.add_argument("--padding", action="store_true", help="zero padding inside teacher and student; the paper has none")
+    p.add_argument("--batch-size", type=int, help="default 1, the paper's")
+    p.add_argument("--lr", type=float, help="Adam's learning rate, × 0.1 at 95 %% of the steps; default 1e-4, the paper's")
+    p.add_argument("--p-hard", type=float, help="mining factor of the hard feature loss; default 0.999; 0 disables it")
+    p.add_argument("--a", type=float, help="map normalization: the quantile that becomes 0; default 0.9")
+    p.add_argument("--b", type=float, help="map normalization: the quantile that becomes 0.1; default 0.995")
+    p.add_argument("--map-normalization", choices=["quantile", "gaussian"], help="gaussian: the ablation's baseline")
+    p.add_argument("--seed", type=int, help="default 0")
+    p.add_argument("--device", help="cuda or cpu; default cuda if there is one")
+    p.add_argument("--precision", choices=["auto", "fp32", "bf16"], help="of the training step; auto: bf16 where the hardware"
+                   " has it. Losses, optimizer, calibration and evaluation are always fp32")
+    p.add_argument("--out", help="run folder; default runs/DATA-SIZE, or …-2, …-3 if that exists")
+    p.add_argument("--checkpoint-every", type=float, metavar="SECONDS", help="default 60")
+    p.add_argument("--resume", metavar="DIR", help="go on with the interrupted run in this folder; takes no other option")
+    given = vars(p.parse_args(argv))
+
+    if "resume" in given:
+        if len(given) > 1:
+            p.error("--resume takes its options from the run; give no other option with it")
+        folder = Path(given["resume"])
+        if not (folder / "resume.pt").exists() and (folder / "model.pt").exists():
+            raise CheckpointError(f"{folder}: this run is complete; evaluate it with: python evaluate.py --run {folder}")
+        state = read_checkpoint(str(folder / "resume.pt"))
+        if state.get("format") != "efficientad-resume":
+            raise CheckpointError(f"{folder / 'resume.pt'}: not a training state of this program")
+        return argparse.Namespace(**state["options"], resume=str(folder))
+
+    defaults = dict(data="demo", size="small", steps=None, teacher=None, pretraining_images=None, image_size=None, padding=False,
+                    batch_size=1, lr=1e-4, p_hard=0.999, a=0.9, b=0.995, map_normalization="quantile", seed=0, device=None,
+                    precision="auto", out=None, checkpoint_every=60.0, resume=None)  # fmt: skip
+    args = argparse.Namespace(**{**defaults, **given})
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        p.error("--device cuda: torch finds no CUDA GPU here; use --device cpu")
+    args.steps = args.steps or (PAPER_STEPS if args.device.startswith("cuda") else CPU_STEPS)
+    size = args.image_size or [128 if args.data == "demo" else 256]
+    args.image_size = [size[0], size[-1]]
+    try:
+        check_image_size(tuple(size) if len(size) <= 2 else (0, 0))
+    except ValueError as error:
+        p.error(f"--image-size: {error}")
+    if args.steps < 1 or args.batch_size < 1 or not args.lr > 0 or not 0 <= args.p_hard <= 1 or not 0 <= args.a < args.b <= 1:
+        p.error("need --steps >= 1, --batch-size >= 1, --lr > 0, 0 <= --p-hard <= 1 and 0 <= --a < --b <= 1")
+    if args.precision == "auto":
+        bf16 = torch.cuda.is_bf16_supported() if args.device.startswith("cuda") else torch.cpu._is_avx512_bf16_supported()
+        args.precision = "bf16" if bf16 else "fp32"
+    args.teacher = args.teacher or str(Path(__file__).parent / "weights" / f"teacher_{args.size}.pt")
+    if not Path(args.teacher).exists():
+        raise CheckpointError(f"{args.teacher}: no such teacher; make one with: python distill.py --size {args.size} (see README)")
+    return args
+
+
+def new_run_folder(args: argparse.Namespace, name: str) -> Path:
+    """Create the folder of a new run; never one that exists, unless --out names an empty one."""
+    if args.out:
+        folder = Path(args.out)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise DataError(f"{folder}: exists; choose another --out, or go on with --resume {folder}")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    for i in range(1, 10000):
+        folder = Path("runs") / (f"{name}-{args.size}" + (f"-{i}" if i > 1 else ""))
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+    raise DataError(f"{folder}: too many runs; name one with --out")
+
+
+@lru_cache(maxsize=4)
+def permutation(n: int, *seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(n)
+
+
+def shuffled(images, step: int, batch_size: int, *seed: int) -> Tensor:
+    """The batch of step `step` in an endless reshuffled order, uint8 N×3×H×W: each epoch visits every image once."""
+    batch = []
+    for i in range(step * batch_size, (step + 1) * batch_size):
+        epoch, position = divmod(i, len(images))
+        batch.append(torch.from_numpy(images[int(permutation(len(images), *seed, epoch)[position])]))
+    return torch.stack(batch)
+
+
+def luma(images: Tensor) -> Tensor:
+    """float N×3×H×W -> N×1×H×W, ITU-R 601."""
+    return (images * images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+
+
+def augment(images: Tensor) -> Tensor:
+    """J: brightness, contrast or saturation of each image (uint8 N×3×H×W), chosen at random, times a factor uniform in
+    [0.8, 1.2]. float N×3×H×W in 0–1. Draws from torch's CPU generator."""
+    images, n = images.float() / 255, len(images)
+    factor = torch.empty(n, 1, 1, 1).uniform_(0.8, 1.2).to(images.device)
+    choice = torch.randint(3, (n, 1, 1, 1)).to(images.device)
+    gray = luma(images)
+    reference = torch.where(choice == 0, 0.0, torch.where(choice == 1, gray.mean((2, 3), keepdim=True), gray))
+    return (reference + factor * (images - reference)).clamp(0, 1)
+
+
+def random_gray(images: Tensor, probability: float = 0.3) -> Tensor:
+    """uint8 N×3×H×W -> float 0–1, each image gray with this probability. Draws from torch's CPU generator."""
+    images = images.float() / 255
+    gray = (torch.rand(len(images), 1, 1, 1) < probability).to(images.device)
+    return torch.where(gray, luma(images), images)
+
+
+def main(argv: list[str] | None = None) -> Path:
+    args = parse_arguments(argv)
+    device, size = torch.device(args.device), tuple(args.image_size)
+
+    # Data: normal images only, a tenth of them (or the set's own validation images) held out for calibration.
+    category = open_category(args.data)
+    train_paths, validation_paths = category.split(args.seed)
+    train, validation = Images(train_paths, size), Images(validation_paths, size)
+    if args.pretraining_images == "none":
+        pretraining, penalty = None, "no pretraining penalty"
+    elif args.pretraining_images:
+        pretraining = Images(list_images(args.pretraining_images, recursive=True), size, zoom=2)
+        penalty = f"{len(pretraining)} pretraining images from {args.pretraining_images}"
+    else:
+        pretraining, penalty = PhotographCrops(size), "pretraining images: random crops of scikit-learn's two photographs"
+
+    # Model: new, or as an interrupted run left it.
+    torch.manual_seed(args.seed)
+    model = EfficientAD(size=args.size, image_size=size, padding=args.padding)
+    folder, start, seconds = Path(args.resume or "."), 0, 0.0
+    if args.resume:
+        state = read_checkpoint(str(folder / "resume.pt"))
+        model.load_state_dict(state["model"])
+        start, seconds = state["step"], state["seconds"]
+    else:
+        model.load_teacher(args.teacher)
+        folder = new_run_folder(args, category.name)
+    model = model.to(device, memory_format=torch.channels_last)
+
+    def batches(images):
+        for i in tqdm(range(len(images)), desc="teacher statistics" if images is train else "calibration", unit="image"):
+            yield torch.from_numpy(images[i])[None].to(device)
+
+    print(f"{folder}: {category.name}, {len(train)} training and {len(validation)} validation images, {args.steps} steps of"
+          f" {args.batch_size} at {size[0]}×{size[1]}, {args.precision} on {args.device}; {penalty}", file=sys.stderr)
+    if args.steps < PAPER_STEPS:
+        print(f"note: the paper trains for {PAPER_STEPS} steps; this is a short run", file=sys.stderr)
+    if not args.resume:
+        model.fit_teacher_statistics(batches(train))
+    parameters = [*model.student.parameters(), *model.autoencoder.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=args.lr, weight_decay=1e-5, fused=True)
+    if args.resume:
+        optimizer.load_state_dict(state["optimizer"])
+
+    def save_state(step: int) -> None:
+        options = {k: v for k, v in vars(args).items() if k != "resume"}
+        state = {"format": "efficientad-resume", "options": options, "step": step, "seconds": seconds + time.time() - started}
+        write_checkpoint(state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, str(folder / "resume.pt"))
+
+    # Training.
+    stop = []  # Ctrl-C ends the run after the step at hand; a second one at once
+    previous = signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)))
+    started = saved = time.time()
+    log = open(folder / "log.jsonl", "a", encoding="utf-8")
+    bar = tqdm(range(start, args.steps), "training", initial=start, total=args.steps, unit="step", mininterval=0.5)
+    model.train()
+    for step in bar:
+        torch.manual_seed(args.seed * 1_000_003 + step)
+        if step == int(0.95 * args.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * 0.1
+        images = shuffled(train, step, args.batch_size, args.seed, 0).to(device)
+        photos = None
+        if pretraining is not None:
+            photos = random_gray(shuffled(pretraining, step, args.batch_size, args.seed, 1).to(device))
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            losses = model.losses(images, augment(images), photos, args.p_hard)
+        total = sum(losses.values())
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        if step % 10 == 0 or step == args.steps - 1:
+            values = {name: loss.item() for name, loss in losses.items()}
+            if not all(math.isfinite(v) for v in values.values()):
+                raise CheckpointError(f"{folder}: step {step}: loss is not finite ({values}); lower --lr or use --precision fp32")
+            bar.set_postfix({name: f"{v:.3f}" for name, v in values.items()})
+            print(json.dumps({"step": step, "lr": optimizer.param_groups[0]["lr"], **values}), file=log, flush=True)
+        if stop or time.time() - saved >= args.checkpoint_every:
+            save_state(step + 1)
+            saved = time.time()
+        if stop:
+            print(f"\ninterrupted after {step + 1} steps; go on with: python train.py --resume {folder}", file=sys.stderr)
+            raise SystemExit(130)
+    seconds += time.time() - started
+    signal.signal(signal.SIGINT, previous)
+
+    # Map normalization and threshold, from validation images; then the model as one file.
+    model.calibrate(batches(validation), args.a, args.b, args.map_normalization == "gaussian")
+    options = {k: v for k, v in vars(args).items() if k not in ("resume", "out", "checkpoint_every")}
+    model.training_info = {**options, "category": category.name, "data": str(category.root.resolve()),
+                           "training_images": len(train), "validation_images": len(validation)}  # fmt: skip
+    model.cpu().save(str(folder / "model.pt"))
+    (folder / "resume.pt").unlink(missing_ok=True)
+    print(f"trained in {seconds / 60:.1f} minutes, wrote {folder / 'model.pt'}; now: python evaluate.py --run {folder}")
+    return folder
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (DataError, CheckpointError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
