@@ -371,13 +371,13 @@ def _place(canvas: Image.Image, tile: Image.Image, x: float, y: float, rng: np.r
     """Put a part on the tray at (x, y), turned by any angle, with its shadow. Returns where it lies, as a mask."""
     tile = tile.rotate(rng.uniform(0, 360), Image.Resampling.BICUBIC)
     corner = (round(2 * x) - 72, round(2 * y) - 72)
-    alpha, shadow = Image.new("L", canvas.size), Image.new("L", canvas.size)
-    alpha.paste(tile.getchannel("A"), corner)
-    shadow.paste(tile.getchannel("A"), (corner[0] + 7, corner[1] + 9))
-    shadow = shadow.filter(ImageFilter.GaussianBlur(6)).point(lambda v: v * 0.55)
-    canvas.paste((18, 24, 22), mask=shadow)
-    canvas.paste(tile.convert("RGB"), corner, tile.getchannel("A"))
-    return alpha
+    alpha = tile.getchannel("A")
+    shadow = alpha.filter(ImageFilter.GaussianBlur(6)).point(lambda v: v * 0.55)
+    canvas.paste((18, 24, 22), (corner[0] + 7, corner[1] + 9, corner[0] + 151, corner[1] + 153), shadow)
+    canvas.paste(tile.convert("RGB"), corner, alpha)
+    mask = Image.new("L", canvas.size)
+    mask.paste(alpha, corner)
+    return mask
 
 
 def _damage(canvas: Image.Image, defect: str, rng: np.random.Generator) -> Image.Image:
@@ -387,14 +387,15 @@ def _damage(canvas: Image.Image, defect: str, rng: np.random.Generator) -> Image
     draw = ImageDraw.Draw(mask)
     if defect == "scratch":  # a bent bright line with a dark rim
         angle, points = rng.uniform(0, 2 * math.pi), [(x, y)]
-        for _ in range(5):
+        for _ in range(6):
             angle += rng.uniform(-0.35, 0.35)
             x, y = x + 18 * math.cos(angle), y + 18 * math.sin(angle)
             points.append((x, y))
-        draw.line(points, fill=255, width=int(rng.integers(7, 10)), joint="curve")
-        canvas.paste((34, 44, 40), mask=mask.point(lambda v: v * 0.7))
+        width = int(rng.integers(9, 15))
+        draw.line(points, fill=255, width=width, joint="curve")
+        canvas.paste((30, 40, 36), mask=mask.point(lambda v: v * 0.8))
         bright = Image.new("L", canvas.size)
-        ImageDraw.Draw(bright).line(points, fill=int(rng.integers(170, 230)), width=3, joint="curve")
+        ImageDraw.Draw(bright).line(points, fill=int(rng.integers(190, 256)), width=width // 2, joint="curve")
         canvas.paste((206, 214, 208), mask=bright)
     elif defect == "stain":  # oil: soft, dark, translucent
         for _ in range(6):
@@ -406,8 +407,8 @@ def _damage(canvas: Image.Image, defect: str, rng: np.random.Generator) -> Image
     else:  # a chip of plastic or metal, or a fibre
         tint = [(214, 200, 60), (70, 120, 200), (222, 222, 226), (150, 80, 160)][rng.integers(4)]
         if rng.random() < 0.5:
-            turns = np.sort(rng.uniform(0, 2 * math.pi, 6))
-            corners = [(x + rng.uniform(11, 20) * math.cos(t), y + rng.uniform(11, 20) * math.sin(t)) for t in turns]
+            turns = (np.arange(6) + rng.uniform(-0.35, 0.35, 6)) * math.pi / 3
+            corners = [(x + rng.uniform(13, 22) * math.cos(t), y + rng.uniform(13, 22) * math.sin(t)) for t in turns]
             draw.polygon(corners, fill=255)
         else:
             start = rng.uniform(0, 360)

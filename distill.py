@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -85,12 +86,14 @@ class Targets:
 
     def __call__(self, keys: torch.Tensor, large: torch.Tensor) -> torch.Tensor:
         keys = keys.tolist()
-        if self.cache is None or not all(k in self.cache for k in keys):
-            target = (self.raw(large) - self.mean.to(self.device)) / self.std.to(self.device)
-            if self.cache is not None:
-                self.cache.update(zip(keys, target.half().cpu()))
-            return target
+        if self.cache is None:
+            return self.compute(large)
+        if not all(k in self.cache for k in keys):
+            self.cache.update(zip(keys, self.compute(large).half().cpu()))
         return torch.stack([self.cache[k] for k in keys]).to(self.device).float()
+
+    def compute(self, large: torch.Tensor) -> torch.Tensor:
+        return (self.raw(large) - self.mean.to(self.device)) / self.std.to(self.device)
 
 
 def normalize(images: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -189,35 +192,35 @@ def main(argv: list[str] | None = None) -> None:
     workers = 0 if device.type == "cpu" else max(1, min(12, (os.cpu_count() or 1) - 2))
     order = range(start * args.batch_size, len(views))
     loader = DataLoader(torch.utils.data.Subset(views, order), args.batch_size, num_workers=workers, pin_memory=workers > 0)
-    log = open(args.out.with_suffix(".jsonl"), "a" if args.resume else "w")
+    log = open(args.out.with_suffix(".jsonl"), "a" if args.resume else "w", encoding="utf-8")
+    stop = []  # Ctrl-C ends the run after the step at hand; a second one at once
+    previous = signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)))
     started, running = time.time(), None
     bar = tqdm(loader, f"distilling {args.size}", initial=start, total=args.steps, unit="step", mininterval=1)
-    step = start
-    try:
-        for step, (keys, small, large) in enumerate(bar, start):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args)
-            target = targets(keys, large)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                output = pdn(normalize(small, device))
-            loss = F.mse_loss(output.float(), target)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if step % 20 == 0 or step == args.steps - 1:
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise CheckpointError(f"step {step}: the loss is not finite; lower --lr and start again")
-                running = value if running is None else 0.9 * running + 0.1 * value
-                bar.set_postfix(loss=f"{running:.4f}")
-                entry = {"step": step, "loss": value, "lr": learning_rate(step, args), "seconds": time.time() - started}
-                print(json.dumps(entry), file=log, flush=True)
-            if (step + 1) % args.checkpoint_every == 0 and step + 1 < args.steps:
-                save(step + 1)
-    except KeyboardInterrupt:
-        save(step)
-        print(f"\ninterrupted at step {step}: go on with the same command and --resume", file=sys.stderr)
-        raise SystemExit(130) from None
+    for step, (keys, small, large) in enumerate(bar, start):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        target = targets(keys, large)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            output = pdn(normalize(small, device))
+        loss = F.mse_loss(output.float(), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 20 == 0 or step == args.steps - 1:
+            value = loss.item()
+            if not math.isfinite(value):
+                raise CheckpointError(f"{args.out}: step {step}: the loss is not finite; lower --lr and start again")
+            running = value if running is None else 0.9 * running + 0.1 * value
+            bar.set_postfix(loss=f"{running:.4f}")
+            entry = {"step": step, "loss": value, "lr": learning_rate(step, args), "seconds": time.time() - started}
+            print(json.dumps(entry), file=log, flush=True)
+        if stop or ((step + 1) % args.checkpoint_every == 0 and step + 1 < args.steps):
+            save(step + 1)
+        if stop:
+            print(f"\ninterrupted after {step + 1} steps; go on with the same command and --resume", file=sys.stderr)
+            raise SystemExit(130)
+    signal.signal(signal.SIGINT, previous)
 
     # The loss on photos that were held out, and the teacher in half precision.
     result = {"step": args.steps, "seconds": time.time() - started}
@@ -226,8 +229,7 @@ def main(argv: list[str] | None = None) -> None:
         errors = []
         with torch.no_grad():
             for keys, small, large in DataLoader(unseen, args.batch_size):
-                target = (targets.raw(large) - targets.mean.to(device)) / targets.std.to(device)
-                errors += (pdn(normalize(small, device)) - target).square().mean((1, 2, 3)).tolist()
+                errors += (pdn(normalize(small, device)) - targets.compute(large)).square().mean((1, 2, 3)).tolist()
         result["held_out_loss"] = sum(errors) / len(errors)
     print(json.dumps(result), file=log, flush=True)
     print(json.dumps(result))
