@@ -125,15 +125,19 @@ class Sample:
 
     def mask(self, size: tuple[int, int]) -> np.ndarray:
         """Union of the defect's masks, bool H×W of the image's own size (H, W). Raises DataError if a mask has another."""
-        union = np.zeros(size, bool)
+        return np.any([np.zeros(size, bool), *(values > 0 for values in self.mask_values(size))], 0)
+
+    def mask_values(self, size: tuple[int, int]) -> list[np.ndarray]:
+        """The defect's masks as they are stored, integer H×W each; see `mask`."""
+        values = []
         for path in self.masks:
             with Image.open(path) as image:
                 mask = np.asarray(image.convert("L") if image.mode in ("P", "1") else image)
-            mask = mask.any(-1) if mask.ndim == 3 else mask > 0
+            mask = mask.max(-1) if mask.ndim == 3 else mask
             if mask.shape != size:
                 raise DataError(f"{path}: mask of {mask.shape[1]}×{mask.shape[0]} for an image of {size[1]}×{size[0]}")
-            union |= mask
-        return union
+            values.append(mask)
+        return values
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,23 @@ class Category:
         order = np.random.default_rng(seed).permutation(n)
         held_out = set(order[: max(1, round(0.1 * n))].tolist())
         return [p for i, p in enumerate(self.train) if i not in held_out], [self.train[i] for i in sorted(held_out)]
+
+    def regions(self, sample: Sample, size: tuple[int, int]) -> list[tuple[np.ndarray, float]]:
+        """MVTec LOCO's defect regions of an image: (mask bool H×W, saturation area in pixels), one for each mask file; its
+        pixel value names the defect in defects_config.json. Raises DataError if that file is missing or lacks the defect."""
+        path = self.root / "defects_config.json"
+        try:
+            config = {entry["pixel_value"]: entry for entry in json.loads(path.read_text())}
+        except (OSError, ValueError, TypeError, KeyError):
+            raise DataError(f"{path}: missing or damaged; it comes with MVTec LOCO and names the defects") from None
+        regions = []
+        for file, values in zip(sample.masks, sample.mask_values(size)):
+            entry, area = config.get(int(values.max())), int((values > 0).sum())
+            if entry is None:
+                raise DataError(f"{file}: pixel value {values.max()} is not in {path}")
+            threshold = entry["saturation_threshold"]
+            regions.append((values > 0, int(threshold * area) if entry["relative_saturation"] else min(threshold, area)))
+        return regions
 
 
 def open_category(path: str | Path) -> Category:

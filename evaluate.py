@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 from data import Category, DataError, Sample, list_images, open_category, read_image, to_array
 from efficientad import CheckpointError, EfficientAD
-from metrics import average_precision, image_auroc
+from metrics import area_under_curve, average_precision, image_auroc, pro_curve, spro_curve
 
 MAPS = ("combined", "local", "global")
+LOCALIZATION = {False: ("au_pro", "AU-PRO", "0.3"), True: ("au_spro", "AU-sPRO", "0.05")}  # LOCO? key, name, limit to report
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -143,13 +144,35 @@ def summarize(scores: dict[str, np.ndarray], samples: list[Sample], category: Ca
     return {"category": category.name, **overall, **good, "types": by_type}
 
 
+def localization(maps: list[np.ndarray], samples: list[Sample], category: Category) -> dict[str, dict[str, float]]:
+    """AU-PRO of each defect type with the good images, and "overall", by integration limit; for LOCO AU-sPRO, overall the mean of
+    the types. `maps` have their images' original sizes. Empty if the category has no masks."""
+    defects = [s for s in samples if s.defect != "good"]
+    if not all(s.masks for s in defects):
+        return {}
+    loco = category.layout == "loco"
+    truth = [category.regions(s, m.shape) if loco else s.mask(m.shape) for s, m in zip(samples, maps)]
+
+    def measure(chosen: set[str]) -> dict[str, float]:
+        which = [i for i, s in enumerate(samples) if s.defect in chosen]
+        curve = (spro_curve if loco else pro_curve)([maps[i] for i in which], [truth[i] for i in which])
+        return {str(limit): area_under_curve(*curve, limit) for limit in (0.01, 0.05, 0.1, 0.3, 1)}
+
+    types = dict.fromkeys(s.defect for s in defects)
+    areas = {t: measure({t, "good"}) for t in types}
+    mean = {limit: float(np.mean([a[limit] for a in areas.values()])) for limit in next(iter(areas.values()))}
+    return areas | {"overall": mean if loco else measure({*types, "good"})}
+
+
 def results_table(results: dict) -> str:
     columns = {"image_auroc": "image AU-ROC", "image_ap": "AP", "image_auroc_local": "local only", "image_auroc_global": "global only",
                "detected": "above threshold"}  # fmt: skip
+    columns |= {key: f"{name} {limit}" for key, name, limit in LOCALIZATION.values() if key in results}
     rows = [[results["category"], "images", *columns.values()]]
-    rows += [[name, str(e["images"]), *(f"{100 * e[c]:.1f}" for c in columns)] for name, e in results["types"].items()]
-    rows.append(["overall", str(results["images"]), *(f"{100 * results[c]:.1f}" for c in columns)])
-    rows.append(["good", str(results["good_images"]), *[""] * 4, f"{100 * results['false_alarms']:.1f}"])
+    for name, entry in {**results["types"], "overall": results}.items():
+        rows.append([name, str(entry["images"]), *(f"{100 * entry[c]:.1f}" for c in columns)])
+    good = {"detected": f"{100 * results['false_alarms']:.1f}"}
+    rows.append(["good", str(results["good_images"]), *(good.get(c, "") for c in columns)])
     return table(rows)
 
 
@@ -175,18 +198,22 @@ def main(argv: list[str] | None = None) -> None:
     category = open_category(args.data or model.training_info["data"])
     if not category.test:
         raise DataError(f"{category.root}: no test images (test/good, test/<defect>); score a folder with --images DIR")
-    rows = []
+    rows, full_maps = [], []
     for sample in tqdm(category.test, "evaluating", unit="image"):
         image, maps, scores = predict(model, sample.path, device)
         name = f"{sample.defect}/{sample.path.stem}"
         rows.append([name, sample.defect, *(scores[m] for m in MAPS), int(scores["combined"] > threshold)])
         mask = sample.mask(image.size[::-1])
         write(run / "overlays" / f"{name}.png", overlay(image, mask, maps, scores["combined"], threshold))
+        full_map = Image.fromarray(maps["combined"]).resize(image.size, Image.Resampling.BILINEAR)
+        full_maps.append(np.asarray(full_map))
         if args.tiff:
-            tiff = Image.fromarray(maps["combined"]).resize(image.size, Image.Resampling.BILINEAR)
-            write(run / "anomaly_maps" / category.name / "test" / f"{name}.tiff", tiff)
+            write(run / "anomaly_maps" / category.name / "test" / f"{name}.tiff", full_map)
     scores = {name: np.array([row[2 + i] for row in rows]) for i, name in enumerate(MAPS)}
     results = summarize(scores, category.test, category, threshold)
+    key, _, limit = LOCALIZATION[category.layout == "loco"]
+    for name, areas in localization(full_maps, category.test, category).items():
+        (results if name == "overall" else results["types"][name]).update({key: areas[limit], f"{key}_by_limit": areas})
     info = {k: model.training_info.get(k) for k in ("size", "image_size", "steps", "seed", "precision")}
     write(run / "scores.csv", csv_text(["image", "defect", "score", "score_local", "score_global", "anomalous"], rows))
     write(run / "results.json", json.dumps(results | {"training": info}, indent=1) + "\n")

@@ -1,6 +1,9 @@
 """Evaluation metrics: numpy in, numbers out. Knows no model and no path."""
 
+from collections.abc import Sequence
+
 import numpy as np
+from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 
@@ -23,3 +26,89 @@ def _labelled(normal: np.ndarray, anomalous: np.ndarray) -> tuple[np.ndarray, np
     if not np.isfinite(scores).all():
         raise ValueError("a score is not finite")
     return np.repeat([0, 1], [normal.size, anomalous.size]), scores
+
+
+# ------------------------------------------------------------------------------------------------------------ localization
+
+
+def pro_curve(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Per-region overlap against false-positive rate (MVTec AD), exact. `maps`: anomaly maps, float h×w; `masks`: bool or uint8
+    h×w, nonzero where defective, all zero for a good image; sizes may differ between images. Regions are the 8-connected
+    components of the masks. Returns (fpr, pro), float64 in [0, 1], from (0, 0) to (1, 1).
+
+    Every distinct score is a threshold and equal scores move together; points between which the curve is straight are left out.
+    Raises ValueError for mismatched shapes, a score that is not finite, no region, or no defect-free pixel."""
+    regions = []
+    for mask in masks:
+        labels, _ = ndimage.label(np.asarray(mask) != 0, np.ones((3, 3)))
+        objects = [labels == i + 1 for i in range(labels.max(initial=0))]
+        regions.append([(region, int(region.sum())) for region in objects])
+    return spro_curve(maps, regions)
+
+
+def spro_curve(
+    maps: Sequence[np.ndarray], regions: Sequence[Sequence[tuple[np.ndarray, float]]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Saturated per-region overlap against false-positive rate (MVTec LOCO), exact. `regions`: for each map a list of (mask h×w,
+    saturation area in pixels), empty for a good image. The overlap of a region is min(pixels found, saturation)/saturation; a
+    false positive is a pixel outside all regions of its image. Returns and raises as `pro_curve`, and ValueError for a saturation
+    area that is not within (0, area]."""
+    normal, found, gains = [], [], []
+    if len(maps) != len(regions):
+        raise ValueError(f"{len(maps)} maps but masks for {len(regions)}")
+    count = sum(len(r) for r in regions)
+    for values, image_regions in zip(maps, regions):
+        values, outside = np.asarray(values), np.ones(np.shape(values), bool)
+        if not np.isfinite(values).all():
+            raise ValueError("an anomaly map has a value that is not finite")
+        for mask, saturation in image_regions:
+            mask = np.asarray(mask) != 0
+            if mask.shape != values.shape:
+                raise ValueError(f"mask of shape {mask.shape} for a map of shape {values.shape}")
+            scores = np.sort(values[mask])[::-1]
+            if not 0 < saturation <= len(scores):
+                raise ValueError(f"saturation area {saturation} of a region of {len(scores)} pixels")
+            whole = int(np.ceil(saturation))  # only the highest scores count: after them the region is saturated
+            gain = np.full(whole, 1 / (saturation * count))
+            gain[-1] -= (whole - saturation) / (saturation * count)
+            found.append(scores[:whole])
+            gains.append(gain)
+            outside &= ~mask
+        normal.append(values[outside])
+    normal = np.sort(np.concatenate(normal)) if normal else np.empty(0)
+    if not count or not normal.size:
+        raise ValueError(f"need at least one region and one defect-free pixel, got {count} and {normal.size}")
+
+    # Only at a score that occurs in a region does the overlap grow; until the next one the curve is flat.
+    scores, position = np.unique(np.concatenate(found), return_inverse=True)
+    gain = np.bincount(position, np.concatenate(gains))[::-1]
+    after = np.cumsum(gain)
+    after /= after[-1]  # the last point is 1 by definition; the sum is off by some 1e-16
+    above, at_least = (normal.size - np.searchsorted(normal, scores[::-1], side) for side in ("right", "left"))
+    fpr = np.stack([above, at_least], 1).ravel() / normal.size
+    pro = np.stack([np.concatenate([[0.0], after[:-1]]), after], 1).ravel()
+    return np.concatenate([[0.0], fpr, [1.0]]), np.concatenate([[0.0], pro, [1.0]])
+
+
+def area_under_curve(fpr: np.ndarray, pro: np.ndarray, limit: float) -> float:
+    """Area under a curve (fpr ascending) up to fpr = `limit`, divided by `limit`: in [0, 1]. The curve is interpolated at the
+    limit. Raises ValueError unless 0 < limit <= 1."""
+    if not 0 < limit <= 1:
+        raise ValueError(f"the integration limit must be within (0, 1], got {limit}")
+    inside = fpr <= limit
+    end = np.flatnonzero(inside)[-1]
+    x, y = fpr[inside], pro[inside]
+    if x[-1] < limit:
+        share = (limit - fpr[end]) / (fpr[end + 1] - fpr[end])
+        x, y = np.append(x, limit), np.append(y, pro[end] + share * (pro[end + 1] - pro[end]))
+    return float(np.trapezoid(y, x) / limit)
+
+
+def au_pro(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray], limit: float = 0.3) -> float:
+    """Area under `pro_curve` up to a false-positive rate of `limit`, divided by it; MVTec AD reports 0.3."""
+    return area_under_curve(*pro_curve(maps, masks), limit)
+
+
+def au_spro(maps: Sequence[np.ndarray], regions: Sequence[Sequence[tuple[np.ndarray, float]]], limit: float = 0.05) -> float:
+    """Area under `spro_curve` up to a false-positive rate of `limit`, divided by it; MVTec LOCO reports 0.05 first."""
+    return area_under_curve(*spro_curve(maps, regions), limit)

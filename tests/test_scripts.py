@@ -173,6 +173,7 @@ def test_evaluate(run, run_script, tiny_demo):
     types = results["types"]
     assert set(types) == {"logical_anomalies", "structural_anomalies"}
     assert results["image_auroc"] == pytest.approx(np.mean([t["image_auroc"] for t in types.values()]))  # LOCO: not pooled
+    assert 0 <= results["au_spro"] == pytest.approx(np.mean([t["au_spro_by_limit"]["0.05"] for t in types.values()]))
     assert "| overall" in out and f"{100 * results['image_auroc']:.1f}" in out
     rows = list(csv.DictReader((run / "scores.csv").open()))
     assert len(rows) == 9 and {r["defect"] for r in rows} == {"good", *types}
