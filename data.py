@@ -132,7 +132,11 @@ class Sample:
         values = []
         for path in self.masks:
             with Image.open(path) as image:
-                mask = np.asarray(image.convert("L") if image.mode in ("P", "1") else image)
+                if image.mode in ("P", "1"):
+                    image = image.convert("L")
+                elif "A" in image.getbands():
+                    image = image.convert("RGB")
+                mask = np.asarray(image)
             mask = mask.max(-1) if mask.ndim == 3 else mask
             if mask.shape != size:
                 raise DataError(f"{path}: mask of {mask.shape[1]}×{mask.shape[0]} for an image of {size[1]}×{size[0]}")
@@ -424,7 +428,8 @@ def _damage(canvas: Image.Image, defect: str, rng: np.random.Generator) -> Image
             dx, dy = rng.uniform(-18, 18, 2)
             draw.ellipse([x + dx - r, y + dy - r, x + dx + r, y + dy + r], fill=255)
         mask = mask.filter(ImageFilter.GaussianBlur(3))
-        canvas.paste((44, 34, 22), mask=mask.point(lambda v, a=rng.uniform(0.5, 0.75): v * a))
+        strength = rng.uniform(0.5, 0.75)
+        canvas.paste((44, 34, 22), mask=mask.point(lambda v: v * strength))
     else:  # a chip of plastic or metal, or a fibre
         tint = [(214, 200, 60), (70, 120, 200), (222, 222, 226), (150, 80, 160)][rng.integers(4)]
         if rng.random() < 0.5:

@@ -25,7 +25,16 @@ from tqdm import tqdm
 
 from backbone import ARCHITECTURES, PatchFeatures, ResNet, WeightsError, load_weights
 from data import DataError, list_images, read_image
-from efficientad import IMAGENET_MEAN, IMAGENET_STD, PDN, CheckpointError, channel_statistics, read_checkpoint, write_checkpoint
+from efficientad import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    PDN,
+    ModelError,
+    channel_statistics,
+    pick_device,
+    read_checkpoint,
+    write_checkpoint,
+)
 
 
 class Views(Dataset):
@@ -130,12 +139,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--statistics-images", type=int, default=10000, help="views that normalize the features (default 10000)")
     p.add_argument("--cache-gib", type=float, default=8, help="memory bound, each, for decoded photos and for target features")
     p.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device)
+    p.add_argument("--device", help="cuda or cpu; default cuda if there is one")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", metavar="FILE", help="default runs/distill-SIZE/teacher_SIZE.pt")
     p.add_argument("--checkpoint-every", type=int, default=500, metavar="STEPS")
     p.add_argument("--resume", action="store_true", help="go on from FILE.resume, with the same options")
     args = p.parse_args(argv)
+    args.device = pick_device(args.device)
     args.out = Path(args.out or f"runs/distill-{args.size}/teacher_{args.size}.pt")
     if args.image_size % 32 or args.image_size < 32:
         p.error("--image-size must be a multiple of 32")
@@ -174,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.resume:
         state = read_checkpoint(str(resume_file))
         if state.get("options") != options:
-            raise CheckpointError(f"{resume_file}: made with other options; repeat the command that made it, with --resume")
+            raise ModelError(f"{resume_file}: made with other options; repeat the command that made it, with --resume")
         start, targets.mean, targets.std = state["step"], state["mean"], state["std"]
         pdn.load_state_dict(state["pdn"])
         optimizer.load_state_dict(state["optimizer"])
@@ -210,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
         if step % 20 == 0 or step == args.steps - 1:
             value = loss.item()
             if not math.isfinite(value):
-                raise CheckpointError(f"{args.out}: step {step}: the loss is not finite; lower --lr and start again")
+                raise ModelError(f"{args.out}: step {step}: the loss is not finite; lower --lr and start again")
             running = value if running is None else 0.9 * running + 0.1 * value
             bar.set_postfix(loss=f"{running:.4f}")
             entry = {"step": step, "loss": value, "lr": learning_rate(step, args), "seconds": time.time() - started}
@@ -228,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
         unseen = Views(held_out, len(held_out), args)
         errors = []
         with torch.no_grad():
-            for keys, small, large in DataLoader(unseen, args.batch_size):
+            for _, small, large in DataLoader(unseen, args.batch_size):
                 errors += (pdn(normalize(small, device)) - targets.compute(large)).square().mean((1, 2, 3)).tolist()
         result["held_out_loss"] = sum(errors) / len(errors)
     print(json.dumps(result), file=log, flush=True)
@@ -241,6 +251,9 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, WeightsError, CheckpointError, OSError) as error:
+    except (DataError, WeightsError, ModelError, OSError) as error:
         print(f"distill.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before the first step or after the last; during training see `stop`
+        print("\ndistill.py: interrupted", file=sys.stderr)
+        sys.exit(130)

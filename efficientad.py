@@ -25,8 +25,18 @@ CHANNELS = 384  # C, the teacher's output channels
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class CheckpointError(ValueError):
-    """A checkpoint or teacher file is missing, damaged or foreign; the message names the file and the remedy."""
+class ModelError(ValueError):
+    """A checkpoint or teacher is missing, damaged, foreign or unusable; the message names it and the remedy."""
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device of this name; by default the GPU if there is one, else the CPU. Raises ModelError if torch cannot use it."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ModelError(f"--device {name}: torch cannot use it on this machine; try --device cpu") from None
+    return device
 
 
 # ---------------------------------------------------------------------------------------------------------------- networks
@@ -264,10 +274,11 @@ class EfficientAD(nn.Module):
 
     @torch.no_grad()
     def fit_teacher_statistics(self, batches: Iterable[Tensor]) -> None:
-        """Set teacher_mean and teacher_std from the training images (batches N×3×H×W, uint8 or float)."""
+        """Set teacher_mean and teacher_std from the training images (batches N×3×H×W, uint8 or float). Raises ModelError if a
+        channel of the teacher is constant over them."""
         mean, std = channel_statistics(self.teacher(self.normalize(b)) for b in batches)
         if not bool((std > 0).all()):
-            raise ValueError("a teacher channel is constant over the training images: is the teacher trained?")
+            raise ModelError("a teacher channel is constant over the training images: use a teacher that distill.py made")
         self.teacher_mean.copy_(mean)
         self.teacher_std.copy_(std)
 
@@ -276,7 +287,8 @@ class EfficientAD(nn.Module):
         """Set quantiles and threshold from normal images held out of training (batches N×3×H×W) and return their scores.
         q_a and q_b are over all pixels of all maps (section 3.4). `gaussian` is the ablation's baseline instead, mean 0 and
         variance 1 over those pixels: the same linear map with q_a = μ and q_b = μ + 0.1·σ. The threshold is the highest score
-        of these images: of n + 1 normal images, the new one exceeds it with probability 1/(n + 1)."""
+        of these images: of n + 1 normal images, the new one exceeds it with probability 1/(n + 1). Switches to eval mode. Raises
+        ValueError without an image or for an impossible a or b, and ModelError if a map is constant or not a number."""
         if not 0 <= a < b <= 1:
             raise ValueError(f"map normalization needs 0 <= a < b <= 1, got a = {a}, b = {b}")
         self.eval()
@@ -288,7 +300,8 @@ class EfficientAD(nn.Module):
             m = m.double() if gaussian else m
             q_a, q_b = (m.mean(), m.mean() + 0.1 * m.std(correction=0)) if gaussian else (quantile(m, a), quantile(m, b))
             if not bool(q_b > q_a):
-                raise ValueError(f"the {('local', 'global')[i]} map is constant or not a number on the validation images")
+                name = ("local", "global")[i]
+                raise ModelError(f"the {name} map is constant or not a number on the validation images: train anew")
             self.quantiles[i, 0], self.quantiles[i, 1] = q_a, q_b
         scores = torch.cat([self.combine(*self.normalize_maps(*maps))[1] for maps in raw])
         self.threshold.copy_(scores.max())
@@ -298,7 +311,7 @@ class EfficientAD(nn.Module):
 
     def load_teacher(self, path: str) -> None:
         """Load a teacher file: the PDN's weights, fp16 or fp32, named as an nn.Sequential ("0.weight", …) or as "conv1.weight", ….
-        Raises CheckpointError if it is missing, damaged, foreign or of the other size."""
+        Raises ModelError if it is missing, damaged, foreign or of the other size."""
         state = read_checkpoint(path)
         convolutions = {k for k in state if isinstance(k, str) and k.endswith(".weight") and k.startswith("conv")}
         if convolutions:
@@ -309,9 +322,9 @@ class EfficientAD(nn.Module):
             self.teacher.load_state_dict(state)
         except (RuntimeError, AttributeError, TypeError):
             size = self.config["size"]
-            raise CheckpointError(f"{path}: not a {size} teacher; pass one that `distill.py --size {size}` made") from None
+            raise ModelError(f"{path}: not a {size} teacher; pass one that `distill.py --size {size}` made") from None
         if not all(bool(p.isfinite().all()) for p in self.teacher.parameters()):
-            raise CheckpointError(f"{path}: the teacher's weights are not finite; make it again with distill.py")
+            raise ModelError(f"{path}: the teacher's weights are not finite; make it again with distill.py")
 
     def save(self, path: str) -> None:
         """Write config, weights, statistics, quantiles, threshold and training_info to one file that
@@ -322,17 +335,17 @@ class EfficientAD(nn.Module):
 
     @classmethod
     def load(cls, path: str) -> "EfficientAD":
-        """Read a model that `save` wrote, on the CPU, in eval mode. Executes no code from the file. Raises CheckpointError if it
+        """Read a model that `save` wrote, on the CPU, in eval mode. Executes no code from the file. Raises ModelError if it
         is missing, damaged or of another program."""
         checkpoint = read_checkpoint(path)
         if checkpoint.get("format") != "efficientad":
-            raise CheckpointError(f"{path}: not a model of this program; pass a model.pt that train.py wrote")
+            raise ModelError(f"{path}: not a model of this program; pass a model.pt that train.py wrote")
         try:
             model = cls(**checkpoint["config"])
             model.load_state_dict(checkpoint["state"])
             model.training_info = dict(checkpoint["training"])
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
-            raise CheckpointError(f"{path}: damaged model file; train again or restore it from a copy") from None
+            raise ModelError(f"{path}: damaged model file; train again or restore it from a copy") from None
         return model.eval()
 
 
@@ -348,13 +361,13 @@ def write_checkpoint(checkpoint: dict, path: str) -> None:
 
 
 def read_checkpoint(path: str) -> dict:
-    """A dict that torch.load(weights_only=True) reads, on the CPU. Raises CheckpointError otherwise."""
+    """A dict that torch.load(weights_only=True) reads, on the CPU. Raises ModelError otherwise."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
+        raise ModelError(f"{path}: no such file") from None
     except Exception:  # torch.load raises many kinds of errors for a foreign or damaged file
-        raise CheckpointError(f"{path}: not a readable checkpoint (damaged, or of another program)") from None
+        raise ModelError(f"{path}: not a readable checkpoint (damaged, or of another program)") from None
     if not isinstance(checkpoint, dict):
-        raise CheckpointError(f"{path}: not a checkpoint of this program")
+        raise ModelError(f"{path}: not a checkpoint of this program")
     return checkpoint

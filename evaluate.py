@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from data import Category, DataError, Sample, list_images, open_category, read_image, to_array
-from efficientad import CheckpointError, EfficientAD
+from efficientad import EfficientAD, ModelError, pick_device
 from metrics import area_under_curve, average_precision, image_auroc, pro_curve, spro_curve
 
 MAPS = ("combined", "local", "global")
@@ -36,7 +36,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--images", metavar="DIR", help="score the images in this folder instead: images/scores.csv and overlays")
     p.add_argument("--tiff", action="store_true", help="also write anomaly_maps/<category>/test/<type>/<name>.tiff: float32,"
                    " original image size")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", help="cuda or cpu; default cuda if there is one")
     return p.parse_args(argv)
 
 
@@ -76,10 +76,10 @@ def heat(values: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(position, range(len(stops)), stops[:, c]) for c in range(3)], -1).astype(np.uint8)
 
 
-def overlay(image: Image.Image, mask: np.ndarray | None, maps: dict[str, np.ndarray], score: float, threshold: float) -> Image.Image:
+def overlay(image: Image.Image, mask: np.ndarray | None, maps: dict[str, np.ndarray], threshold: float) -> Image.Image:
     """One row: input, mask (if given), and the input under each map's heat colours, on one scale for every picture of a run: from
     0 (q_a) to twice the threshold, so that the threshold is in the middle."""
-    side = 256
+    side, score = 256, maps["combined"].max()
     size = (side, max(1, round(side * image.height / image.width)))
     image = image.resize(size, Image.Resampling.BILINEAR)
     panels = [("input", image)]
@@ -165,8 +165,8 @@ def localization(maps: list[np.ndarray], samples: list[Sample], category: Catego
 
 
 def results_table(results: dict) -> str:
-    columns = {"image_auroc": "image AU-ROC", "image_ap": "AP", "image_auroc_local": "local only", "image_auroc_global": "global only",
-               "detected": "above threshold"}  # fmt: skip
+    columns = {"image_auroc": "image AU-ROC", "image_auroc_local": "local only", "image_auroc_global": "global only",
+               "image_ap": "AP", "detected": "above threshold"}  # fmt: skip
     columns |= {key: f"{name} {limit}" for key, name, limit in LOCALIZATION.values() if key in results}
     rows = [[results["category"], "images", *columns.values()]]
     for name, entry in {**results["types"], "overall": results}.items():
@@ -179,7 +179,7 @@ def results_table(results: dict) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     run = Path(args.run) if args.run else newest_run()
-    device = torch.device(args.device)
+    device = pick_device(args.device)
     model = EfficientAD.load(str(run / "model.pt")).to(device, memory_format=torch.channels_last)
     threshold = model.threshold.item()
 
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
             image, maps, scores = predict(model, path, device)
             name = path.relative_to(args.images)
             rows.append([str(name), *(f"{scores[m]:.6f}" for m in MAPS), int(scores["combined"] > threshold)])
-            write(folder / "overlays" / f"{name}.png", overlay(image, None, maps, scores["combined"], threshold))
+            write(folder / "overlays" / f"{name}.png", overlay(image, None, maps, threshold))
         write(folder / "scores.csv", csv_text(["image", "score", "score_local", "score_global", "anomalous"], rows))
         print(f"{sum(row[-1] for row in rows)} of {len(rows)} images above the threshold {threshold:.4f}")
         print(f"wrote {folder / 'scores.csv'} and {folder / 'overlays'}")
@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
         name = f"{sample.defect}/{sample.path.stem}"
         rows.append([name, sample.defect, *(scores[m] for m in MAPS), int(scores["combined"] > threshold)])
         mask = sample.mask(image.size[::-1])
-        write(run / "overlays" / f"{name}.png", overlay(image, mask, maps, scores["combined"], threshold))
+        write(run / "overlays" / f"{name}.png", overlay(image, mask, maps, threshold))
         full_map = Image.fromarray(maps["combined"]).resize(image.size, Image.Resampling.BILINEAR)
         full_maps.append(np.asarray(full_map))
         if args.tiff:
@@ -227,6 +227,9 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, CheckpointError, OSError) as error:
+    except (DataError, ModelError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nevaluate.py: interrupted", file=sys.stderr)
+        sys.exit(130)

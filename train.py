@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import DataError, Images, PhotographCrops, list_images, open_category
-from efficientad import CheckpointError, EfficientAD, check_image_size, read_checkpoint, write_checkpoint
+from efficientad import EfficientAD, ModelError, check_image_size, pick_device, read_checkpoint, write_checkpoint
 
 PAPER_STEPS, CPU_STEPS = 70000, 1500
 
@@ -60,19 +60,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             p.error("--resume takes its options from the run; give no other option with it")
         folder = Path(given["resume"])
         if not (folder / "resume.pt").exists() and (folder / "model.pt").exists():
-            raise CheckpointError(f"{folder}: this run is complete; evaluate it with: python evaluate.py --run {folder}")
+            raise ModelError(f"{folder}: this run is complete; evaluate it with: python evaluate.py --run {folder}")
         state = read_checkpoint(str(folder / "resume.pt"))
         if state.get("format") != "efficientad-resume":
-            raise CheckpointError(f"{folder / 'resume.pt'}: not a training state of this program")
+            raise ModelError(f"{folder / 'resume.pt'}: not a training state of this program")
         return argparse.Namespace(**state["options"], resume=str(folder))
 
     defaults = dict(data="demo", size="small", steps=None, teacher=None, pretraining_images=None, image_size=None, padding=False,
                     batch_size=1, lr=1e-4, p_hard=0.999, a=0.9, b=0.995, map_normalization="quantile", seed=0, device=None,
                     precision="auto", out=None, checkpoint_every=60.0, resume=None)  # fmt: skip
     args = argparse.Namespace(**{**defaults, **given})
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        p.error("--device cuda: torch finds no CUDA GPU here; use --device cpu")
+    args.device = str(pick_device(args.device))
     args.steps = args.steps or (PAPER_STEPS if args.device.startswith("cuda") else CPU_STEPS)
     size = args.image_size or [128 if args.data == "demo" else 256]
     args.image_size = [size[0], size[-1]]
@@ -87,7 +85,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.precision = "bf16" if bf16 else "fp32"
     args.teacher = args.teacher or str(Path(__file__).parent / "weights" / f"teacher_{args.size}.pt")
     if not Path(args.teacher).exists():
-        raise CheckpointError(f"{args.teacher}: no such teacher; make one with: python distill.py --size {args.size} (see README)")
+        raise ModelError(f"{args.teacher}: no such teacher; make one with: python distill.py --size {args.size} (see README)")
     return args
 
 
@@ -220,7 +218,7 @@ def main(argv: list[str] | None = None) -> Path:
         if step % 10 == 0 or step == args.steps - 1:
             values = {name: loss.item() for name, loss in losses.items()}
             if not all(math.isfinite(v) for v in values.values()):
-                raise CheckpointError(f"{folder}: step {step}: loss is not finite ({values}); lower --lr or use --precision fp32")
+                raise ModelError(f"{folder}: step {step}: loss is not finite ({values}); lower --lr or use --precision fp32")
             bar.set_postfix({name: f"{v:.3f}" for name, v in values.items()})
             print(json.dumps({"step": step, "lr": optimizer.param_groups[0]["lr"], **values}), file=log, flush=True)
         if stop or time.time() - saved >= args.checkpoint_every:
@@ -229,6 +227,7 @@ def main(argv: list[str] | None = None) -> Path:
         if stop:
             print(f"\ninterrupted after {step + 1} steps; go on with: python train.py --resume {folder}", file=sys.stderr)
             raise SystemExit(130)
+    save_state(args.steps)
     seconds += time.time() - started
     signal.signal(signal.SIGINT, previous)
 
@@ -246,6 +245,9 @@ def main(argv: list[str] | None = None) -> Path:
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, CheckpointError, OSError) as error:
+    except (DataError, ModelError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before the first step or after the last; during training see `stop`
+        print("\ntrain.py: interrupted", file=sys.stderr)
+        sys.exit(130)

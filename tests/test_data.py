@@ -148,7 +148,8 @@ def test_loco_layout(tmp_path):
 def test_visa_layouts(tmp_path):
     root = tmp_path / "VisA/candle"
     rows = [("candle", "train", "normal", "Normal/000.JPG", ""), ("candle", "train", "normal", "Normal/001.JPG", "")]
-    rows += [("candle", "test", "normal", "Normal/002.JPG", ""), ("candle", "test", "anomaly", "Anomaly/000.JPG", "Anomaly/000.png")]
+    rows.append(("candle", "test", "normal", "Normal/002.JPG", ""))
+    rows.append(("candle", "test", "anomaly", "Anomaly/000.JPG", "Anomaly/000.png"))
     for _, _, _, image, mask in rows:
         save(root / "Data/Images" / image)
         if mask:

@@ -12,8 +12,8 @@ import torch
 
 import efficientad
 from efficientad import (
-    CheckpointError,
     EfficientAD,
+    ModelError,
     autoencoder_loss,
     channel_statistics,
     hard_feature_loss,
@@ -203,16 +203,16 @@ def test_damaged_and_foreign_checkpoints(tmp_path):
     whole = path.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", b"\x80\x04junk"):
         path.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match="model.pt: not a readable checkpoint"):
+        with pytest.raises(ModelError, match="model.pt: not a readable checkpoint"):
             EfficientAD.load(str(path))
     torch.save({"weights": 1}, path)
-    with pytest.raises(CheckpointError, match="not a model of this program"):
+    with pytest.raises(ModelError, match="not a model of this program"):
         EfficientAD.load(str(path))
     torch.save(torch.zeros(3), path)
-    with pytest.raises(CheckpointError, match="not a checkpoint"):
+    with pytest.raises(ModelError, match="not a checkpoint"):
         EfficientAD.load(str(path))
     torch.save({"format": "efficientad", "config": {"size": "small"}, "training": {}, "state": {}}, path)
-    with pytest.raises(CheckpointError, match="damaged model file"):
+    with pytest.raises(ModelError, match="damaged model file"):
         EfficientAD.load(str(path))
 
 
@@ -227,7 +227,7 @@ class Exploit:
 def test_loading_never_executes_code(tmp_path):
     path, victim = tmp_path / "model.pt", tmp_path / "executed"
     torch.save({"format": "efficientad", "config": Exploit(str(victim))}, path)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(ModelError):
         EfficientAD.load(str(path))
     assert not victim.exists()
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from backbone import ARCHITECTURES, PatchFeatures, ResNet, WeightsError, load_weights
-from efficientad import PDN, Autoencoder, CheckpointError, EfficientAD, check_image_size
+from efficientad import PDN, Autoencoder, EfficientAD, ModelError, check_image_size
 
 
 def noise(n: int, salt: int) -> torch.Tensor:
@@ -102,19 +102,19 @@ def test_teacher_in_both_published_layouts(size, dtype, tmp_path):
 
 def test_teacher_errors_name_file_and_remedy(tmp_path):
     model, path = EfficientAD(image_size=(128, 128)), tmp_path / "teacher.pt"
-    with pytest.raises(CheckpointError, match="teacher.pt: no such file"):
+    with pytest.raises(ModelError, match="teacher.pt: no such file"):
         model.load_teacher(str(path))
     for content in (PDN("medium").state_dict(), {"conv1.weight": torch.zeros(1)}, {"x": 1}):
         torch.save(content, path)
-        with pytest.raises(CheckpointError, match="teacher.pt: not a small teacher; .*distill.py"):
+        with pytest.raises(ModelError, match="teacher.pt: not a small teacher; .*distill.py"):
             model.load_teacher(str(path))
     state = PDN("small").state_dict()
     state["0.weight"][0] = torch.nan
     torch.save(state, path)
-    with pytest.raises(CheckpointError, match="not finite"):
+    with pytest.raises(ModelError, match="not finite"):
         model.load_teacher(str(path))
     path.write_bytes(b"junk")
-    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+    with pytest.raises(ModelError, match="not a readable checkpoint"):
         model.load_teacher(str(path))
 
 

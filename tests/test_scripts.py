@@ -115,6 +115,7 @@ def test_bad_options_and_files_get_one_line(tiny_demo, teacher, run_script, tmp_
         (("--data", tiny_demo, "--size", "medium", "--teacher", teacher), "not a medium teacher"),
         (("--data", tiny_demo, "--out", "used"), "used: exists"),
         (("--data", tiny_demo, "--image-size", "100"), "multiples of 32"),
+        (("--data", tiny_demo, "--device", "abacus"), "--device abacus: torch cannot use it"),
         (("--data", tiny_demo, "--a", "0.9", "--b", "0.8"), "--a < --b"),
         (("--data", tiny_demo, "--pretraining-images", "empty"), "empty: no images"),
         (("--resume", "empty"), "resume.pt: no such file"),
