@@ -4,11 +4,12 @@
     python evaluate.py --run runs/bottle-small --tiff
     python evaluate.py --run runs/bottle-small --images new_photos
 
-Writes into the run folder: results.json, scores.csv, overlays/ (input, mask, combined, local and global map) and, with --tiff,
-anomaly maps as the official evaluation scripts of MVTec AD and MVTec LOCO read them.
+Writes into the run folder: report.html, results.json, results.md, scores.csv, overlays/ (input, mask, combined, local and global
+map) and, with --tiff, anomaly maps as the official evaluation scripts of MVTec AD and MVTec LOCO read them.
 """
 
 import argparse
+import base64
 import csv
 import io
 import json
@@ -18,12 +19,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from data import Category, DataError, Sample, list_images, open_category, read_image, to_array
 from efficientad import EfficientAD, ModelError, pick_device
-from metrics import area_under_curve, average_precision, image_auroc, pro_curve, spro_curve
+from metrics import (
+    area_under_curve,
+    average_precision,
+    best_f1,
+    image_auroc,
+    pixel_scores,
+    pro_curve,
+    recall_at_fpr,
+    roc_curve,
+    spro_curve,
+)
 
 MAPS = ("combined", "local", "global")
 LOCALIZATION = {False: ("au_pro", "AU-PRO", "0.3"), True: ("au_spro", "AU-sPRO", "0.05")}  # LOCO? key, name, limit to report
@@ -111,6 +122,31 @@ def predict(model: EfficientAD, path: Path, device: torch.device) -> tuple[Image
     return image, maps, {name: float(m.max()) for name, m in maps.items()}
 
 
+def data_uri(image: Image.Image, kind: str) -> str:
+    stream = io.BytesIO()
+    image.save(stream, kind, quality=80)
+    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def report_entry(name: str, image: Image.Image, mask: np.ndarray, maps: dict[str, np.ndarray], threshold: float) -> dict:
+    """A test image in the report: its input as JPEG, its maps as translucent 64-pixel PNGs (the browser enlarges them), on the
+    scale of `overlay`, and the outline of its mask. About 25 KB."""
+    size = (240, max(1, round(240 * image.height / image.width)))
+    entry = {"name": name, "score": float(maps["combined"].max()), "input": data_uri(image.resize(size), "jpeg")}
+    for key, values in maps.items():
+        small = Image.fromarray(values.astype(np.float32)).resize((64, max(1, 64 * size[1] // size[0])), Image.Resampling.BOX)
+        scale = np.asarray(small) / (2 * max(threshold, 1e-6))
+        alpha = (255 * np.clip(scale * 2, 0, 0.8)).astype(np.uint8)
+        entry[key] = data_uri(Image.fromarray(np.dstack([heat(scale), alpha])), "png")
+    if mask.any():
+        inside = Image.fromarray(mask).convert("L").resize(size, Image.Resampling.BILINEAR).point(lambda v: 255 if v > 127 else 0)
+        edge = ImageChops.difference(inside.filter(ImageFilter.MaxFilter(3)), inside)
+        outline = Image.new("RGBA", size)
+        outline.paste((90, 255, 255, 255), mask=edge)
+        entry["outline"] = data_uri(outline.quantize(4), "png")
+    return entry
+
+
 def csv_text(header: list[str], rows: list[list]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
@@ -132,39 +168,48 @@ def summarize(scores: dict[str, np.ndarray], samples: list[Sample], category: Ca
             suffix = "" if name == "combined" else f"_{name}"
             entry[f"image_auroc{suffix}"] = image_auroc(normal, anomalous)
             entry[f"image_ap{suffix}"] = average_precision(normal, anomalous)
-        entry["detected"] = float((scores["combined"][which] > threshold).mean())
+        normal, anomalous = scores["combined"][defects == "good"], scores["combined"][which]
+        entry["best_f1"], entry["best_f1_threshold"] = best_f1(normal, anomalous)
+        entry["recall_at_fpr_0.05"] = recall_at_fpr(normal, anomalous, 0.05)
+        entry["detected"] = float((anomalous > threshold).mean())
         return entry
 
     by_type = {t: measure(defects == t) for t in types}
     overall = measure(defects != "good")
     if category.layout == "loco":
-        overall |= {k: float(np.mean([by_type[t][k] for t in types])) for k in overall if k != "images"}
+        overall |= {k: float(np.mean([by_type[t][k] for t in types])) for k in overall if k not in ("images", "best_f1_threshold")}
     false_alarms = float((scores["combined"][defects == "good"] > threshold).mean())
     good = {"good_images": int((defects == "good").sum()), "threshold": threshold, "false_alarms": false_alarms}
     return {"category": category.name, **overall, **good, "types": by_type}
 
 
-def localization(maps: list[np.ndarray], samples: list[Sample], category: Category) -> dict[str, dict[str, float]]:
-    """AU-PRO of each defect type with the good images, and "overall", by integration limit; for LOCO AU-sPRO, overall the mean of
-    the types. `maps` have their images' original sizes. Empty if the category has no masks."""
+def localization(maps: list[np.ndarray], samples: list[Sample], category: Category) -> tuple[dict, dict]:
+    """(areas, curves). Areas: AU-PRO of each defect type with the good images, and "overall", by integration limit; for LOCO
+    AU-sPRO, overall the mean of the types. Curves: (fpr, pro) by type. `maps` have their images' original sizes. Both are empty
+    if the category has no masks."""
     defects = [s for s in samples if s.defect != "good"]
     if not all(s.masks for s in defects):
-        return {}
+        return {}, {}
     loco = category.layout == "loco"
     truth = [category.regions(s, m.shape) if loco else s.mask(m.shape) for s, m in zip(samples, maps)]
 
-    def measure(chosen: set[str]) -> dict[str, float]:
+    def curve(chosen: set[str]) -> tuple[np.ndarray, np.ndarray]:
         which = [i for i, s in enumerate(samples) if s.defect in chosen]
-        curve = (spro_curve if loco else pro_curve)([maps[i] for i in which], [truth[i] for i in which])
-        return {str(limit): area_under_curve(*curve, limit) for limit in (0.01, 0.05, 0.1, 0.3, 1)}
+        return (spro_curve if loco else pro_curve)([maps[i] for i in which], [truth[i] for i in which])
 
     types = dict.fromkeys(s.defect for s in defects)
-    areas = {t: measure({t, "good"}) for t in types}
-    mean = {limit: float(np.mean([a[limit] for a in areas.values()])) for limit in next(iter(areas.values()))}
-    return areas | {"overall": mean if loco else measure({*types, "good"})}
+    curves = {t: curve({t, "good"}) for t in types}
+    limits = (0.01, 0.05, 0.1, 0.3, 1)
+    areas = {t: {str(limit): area_under_curve(*c, limit) for limit in limits} for t, c in curves.items()}
+    if loco:
+        areas["overall"] = {str(limit): float(np.mean([areas[t][str(limit)] for t in types])) for limit in limits}
+    else:
+        whole = curve({*types, "good"})
+        areas["overall"] = {str(limit): area_under_curve(*whole, limit) for limit in limits}
+    return areas, curves
 
 
-def results_table(results: dict) -> str:
+def results_table(results: dict) -> list[list[str]]:
     columns = {"image_auroc": "image AU-ROC", "image_auroc_local": "local only", "image_auroc_global": "global only",
                "image_ap": "AP", "detected": "above threshold"}  # fmt: skip
     columns |= {key: f"{name} {limit}" for key, name, limit in LOCALIZATION.values() if key in results}
@@ -173,7 +218,20 @@ def results_table(results: dict) -> str:
         rows.append([name, str(entry["images"]), *(f"{100 * entry[c]:.1f}" for c in columns)])
     good = {"detected": f"{100 * results['false_alarms']:.1f}"}
     rows.append(["good", str(results["good_images"]), *(good.get(c, "") for c in columns)])
-    return table(rows)
+    return rows
+
+
+def report(results: dict, run: str, rows: list[list[str]], entries: list[dict], curves: dict) -> str:
+    """report.html: one file that needs nothing else. `entries` are report_entry's, with their "defect"."""
+    scores = {d: [e["score"] for e in entries if e["defect"] == d] for d in ["good", *results["types"]]}
+    roc = {t: list(zip(*(v.round(4).tolist() for v in roc_curve(scores["good"], scores[t])))) for t in results["types"]}
+    _, name, limit = LOCALIZATION["au_spro" in results]
+    grid = float(limit) * np.linspace(0, 1, 150) ** 2  # curves have up to millions of points
+    pro = {t: [[round(x, 5), round(float(np.interp(x, *c)), 4)] for x in grid.tolist()] for t, c in curves.items()}
+    content = {"category": results["category"], "threshold": results["threshold"], "run": run, "table": rows, "roc": roc,
+               "pro": pro, "pro_name": name, "pro_limit": float(limit), "images": entries}  # fmt: skip
+    template = (Path(__file__).parent / "assets/report.html").read_text(encoding="utf-8")
+    return template.replace("@DATA@", json.dumps(content).replace("<", "\\u003c"))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -198,12 +256,13 @@ def main(argv: list[str] | None = None) -> None:
     category = open_category(args.data or model.training_info["data"])
     if not category.test:
         raise DataError(f"{category.root}: no test images (test/good, test/<defect>); score a folder with --images DIR")
-    rows, full_maps = [], []
+    rows, full_maps, entries = [], [], []
     for sample in tqdm(category.test, "evaluating", unit="image"):
         image, maps, scores = predict(model, sample.path, device)
         name = f"{sample.defect}/{sample.path.stem}"
         rows.append([name, sample.defect, *(scores[m] for m in MAPS), int(scores["combined"] > threshold)])
         mask = sample.mask(image.size[::-1])
+        entries.append(report_entry(name, image, mask, maps, threshold) | {"defect": sample.defect})
         write(run / "overlays" / f"{name}.png", overlay(image, mask, maps, threshold))
         full_map = Image.fromarray(maps["combined"]).resize(image.size, Image.Resampling.BILINEAR)
         full_maps.append(np.asarray(full_map))
@@ -212,16 +271,21 @@ def main(argv: list[str] | None = None) -> None:
     scores = {name: np.array([row[2 + i] for row in rows]) for i, name in enumerate(MAPS)}
     results = summarize(scores, category.test, category, threshold)
     key, _, limit = LOCALIZATION[category.layout == "loco"]
-    for name, areas in localization(full_maps, category.test, category).items():
+    areas_by_type, curves = localization(full_maps, category.test, category)
+    if areas_by_type:
+        pixels = pixel_scores(full_maps, [s.mask(m.shape) for s, m in zip(category.test, full_maps)])
+        results |= {"pixel_auroc": image_auroc(*pixels), "pixel_ap": average_precision(*pixels)}
+    for name, areas in areas_by_type.items():
         (results if name == "overall" else results["types"][name]).update({key: areas[limit], f"{key}_by_limit": areas})
     info = {k: model.training_info.get(k) for k in ("size", "image_size", "steps", "seed", "precision")}
     write(run / "scores.csv", csv_text(["image", "defect", "score", "score_local", "score_global", "anomalous"], rows))
     write(run / "results.json", json.dumps(results | {"training": info}, indent=1) + "\n")
-    text = results_table(results)
-    write(run / "results.md", text + "\n")
-    print(text)
+    cells = results_table(results)
+    write(run / "results.md", table(cells) + "\n")
+    write(run / "report.html", report(results, ", ".join(f"{k} {v}" for k, v in info.items()), cells, entries, curves))
+    print(table(cells))
     print(f"percent; the threshold {threshold:.4f} is the highest score of the validation images")
-    print(f"wrote {run / 'results.json'}, results.md, scores.csv and overlays/")
+    print(f"wrote {run / 'report.html'}, results.json, results.md, scores.csv and overlays/")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy import ndimage
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+from sklearn.metrics import roc_curve as sklearn_roc_curve
 
 
 def image_auroc(normal: np.ndarray, anomalous: np.ndarray) -> float:
@@ -18,6 +19,30 @@ def average_precision(normal: np.ndarray, anomalous: np.ndarray) -> float:
     return float(average_precision_score(*_labelled(normal, anomalous)))
 
 
+def roc_curve(normal: np.ndarray, anomalous: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(fpr, tpr) at every distinct score, from (0, 0) to (1, 1); arguments and errors as in `image_auroc`."""
+    fpr, tpr, _ = sklearn_roc_curve(*_labelled(normal, anomalous), drop_intermediate=False)
+    return fpr, tpr
+
+
+def best_f1(normal: np.ndarray, anomalous: np.ndarray) -> tuple[float, float]:
+    """(F1, threshold): the highest F1 that any threshold gives (anomalous where score >= threshold). It is chosen on the very
+    scores it is measured on: an upper bound, not an estimate. Arguments and errors as in `image_auroc`."""
+    precision, recall, thresholds = precision_recall_curve(*_labelled(normal, anomalous))
+    f1 = 2 * precision[:-1] * recall[:-1] / np.maximum(precision[:-1] + recall[:-1], 1e-12)
+    best = int(np.argmax(f1))
+    return float(f1[best]), float(thresholds[best])
+
+
+def recall_at_fpr(normal: np.ndarray, anomalous: np.ndarray, fpr: float) -> float:
+    """The largest share of anomalous scores that a threshold finds while at most a share `fpr` in [0, 1] of the normal ones lies
+    at or above it. Arguments and errors as in `image_auroc`."""
+    if not 0 <= fpr <= 1:
+        raise ValueError(f"a false-positive rate is within [0, 1], got {fpr}")
+    rates, recalls = roc_curve(normal, anomalous)
+    return float(recalls[rates <= fpr].max())
+
+
 def _labelled(normal: np.ndarray, anomalous: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     normal, anomalous = np.asarray(normal, np.float64).ravel(), np.asarray(anomalous, np.float64).ravel()
     if not normal.size or not anomalous.size:
@@ -29,6 +54,15 @@ def _labelled(normal: np.ndarray, anomalous: np.ndarray) -> tuple[np.ndarray, np
 
 
 # ------------------------------------------------------------------------------------------------------------ localization
+
+
+def pixel_scores(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(defect-free, defective) pixels' values of all maps, for the image-level functions above: pixel AU-ROC is
+    `image_auroc(*pixel_scores(maps, masks))`. Arguments as in `pro_curve`. Raises ValueError for mismatched shapes."""
+    pairs = [(np.asarray(m), np.asarray(k) != 0) for m, k in zip(maps, masks, strict=True)]
+    if any(m.shape != k.shape for m, k in pairs):
+        raise ValueError("a mask differs in shape from its map")
+    return np.concatenate([m[~k] for m, k in pairs]), np.concatenate([m[k] for m, k in pairs])
 
 
 def pro_curve(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

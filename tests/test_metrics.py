@@ -5,7 +5,18 @@ import pytest
 from PIL import Image
 
 from data import Category, Sample
-from metrics import area_under_curve, au_pro, au_spro, average_precision, image_auroc, pro_curve, spro_curve
+from metrics import (
+    area_under_curve,
+    au_pro,
+    au_spro,
+    average_precision,
+    best_f1,
+    image_auroc,
+    pixel_scores,
+    pro_curve,
+    recall_at_fpr,
+    spro_curve,
+)
 
 
 def test_image_auroc_by_hand():
@@ -18,6 +29,23 @@ def test_image_auroc_by_hand():
 def test_average_precision_by_hand():
     # ranking: anomalous, normal, anomalous -> precision 1 and 2/3 at the two hits
     assert average_precision([2], [3, 1]) == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_operating_points_by_hand():
+    f1, threshold = best_f1([0, 1, 2, 5], [3, 4, 6])
+    assert f1 == pytest.approx(2 * 3 / (2 * 3 + 1)) and threshold == 3  # finds all three, and one normal image
+    assert recall_at_fpr([0, 1, 2, 5], [3, 4, 6], 0) == pytest.approx(1 / 3)
+    assert recall_at_fpr([0, 1, 2, 5], [3, 4, 6], 0.25) == 1
+    assert recall_at_fpr([1, 1], [1, 1], 0.5) == 0  # one tie: all or nothing
+    with pytest.raises(ValueError, match="within"):
+        recall_at_fpr([0], [1], 1.5)
+
+
+def test_pixel_scores():
+    normal, defective = pixel_scores([np.arange(4.0).reshape(2, 2), np.zeros((1, 3))], [[[0, 255], [0, 1]], [[0, 0, 0]]])
+    assert normal.tolist() == [0, 2, 0, 0, 0] and defective.tolist() == [1, 3]
+    with pytest.raises(ValueError, match="shape"):
+        pixel_scores([np.zeros((2, 2))], [np.zeros((2, 3))])
 
 
 def test_invariant_to_monotone_transforms():

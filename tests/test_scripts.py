@@ -193,6 +193,11 @@ def test_evaluate(run, run_script, tiny_demo):
     assert np.corrcoef(small.ravel(), anomaly_map[0, 0].numpy().ravel())[0, 1] > 0.99
     assert Image.open(run / "overlays/logical_anomalies/002.png").size == (5 * 260 - 4, 274)
     assert len(list((run / "overlays").rglob("*.png"))) == 9
+    html = (run / "report.html").read_text(encoding="utf-8")
+    content = json.loads(html.split('<script id="data" type="application/json">')[1].split("</script>")[0])
+    assert len(content["images"]) == 9 and sum("outline" in i for i in content["images"]) == 6
+    assert all(i[key].startswith("data:image/") for i in content["images"] for key in ("input", "combined", "local", "global"))
+    assert "http" not in html.replace("http-equiv", "") and "@DATA@" not in html  # opens from disk, fetches nothing
     assert not list(run.rglob("*.tmp*"))
 
 
