@@ -309,6 +309,7 @@ def train_all(jobs: list[argparse.Namespace]) -> Path:
                 print(f"{folder}: finished, skipped", file=sys.stderr)
                 continue
             if (folder / "resume.pt").exists():
+                print(f"{folder}: interrupted, goes on with the options that it began with", file=sys.stderr)
                 device, job = job.device, parse_arguments(["--resume", job.out])
                 job.device = device
             else:
