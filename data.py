@@ -194,7 +194,11 @@ def open_category(path: str | Path) -> Category:
     if str(path) == "demo":
         root = Path("datasets/demo")
         if not root.exists():
-            make_demo(root)
+            try:
+                make_demo(root)
+            except OSError:  # another process has drawn it meanwhile
+                if not root.is_dir():
+                    raise
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; --data takes a category's folder, a folder of normal images, or 'demo'")
     name = root.resolve().name
@@ -204,10 +208,19 @@ def open_category(path: str | Path) -> Category:
         train, loco = list_images(root / "train/good"), (root / "validation/good").is_dir()
         validation = list_images(root / "validation/good") if loco else None
         return Category(name, "loco" if loco else "mvtec", root, train, validation, _mvtec_test(root, loco))
-    categories = sorted(d.name for d in root.iterdir() if any((d / s).is_dir() for s in ("train", "Data/Images/Normal")))
+    categories = list_categories(root)
     if categories:
-        raise DataError(f"{root}: holds several categories; choose one: {', '.join(str(root / c) for c in categories)}")
+        raise DataError(f"{root}: holds several categories; choose one: {', '.join(map(str, categories))}")
     return Category(name, "folder", root, list_images(root, recursive=True))
+
+
+def list_categories(path: str | Path) -> list[Path]:
+    """The category folders in a collection's folder (MVTec AD's, VisA's or MVTec LOCO's, say), sorted; empty if `path` is
+    anything else, a single category for one."""
+    root, marks = Path(path), ("train", "Data/Images/Normal")
+    if str(path) == "demo" or not root.is_dir() or any((root / mark).is_dir() for mark in marks):
+        return []
+    return sorted(d for d in root.iterdir() if any((d / mark).is_dir() for mark in marks))
 
 
 def _mvtec_test(root: Path, loco: bool) -> list[Sample]:

@@ -1,20 +1,25 @@
-"""Evaluate a trained model on its category's test images, or score any folder of images.
+"""Evaluate a trained model on its category's test images, a folder of such runs, or score any folder of images.
 
     python evaluate.py                               # the newest run
     python evaluate.py --run runs/bottle-small --tiff
     python evaluate.py --run runs/bottle-small --images new_photos
+    python evaluate.py --run runs/mvtec              # a collection: a row per category, the mean, the paper's values
+    python evaluate.py --run runs/bottle-small-ablation  # tables 3 to 5
 
 Writes into the run folder: report.html, results.json, results.md, scores.csv, overlays/ (input, mask, combined, local and global
-map) and, with --tiff, anomaly maps as the official evaluation scripts of MVTec AD and MVTec LOCO read them.
+map) and, with --tiff, anomaly maps as the official evaluation scripts of MVTec AD and MVTec LOCO read them. A folder of runs gets
+summary.json and summary.md.
 """
 
 import argparse
 import base64
+import copy
 import csv
 import io
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +40,7 @@ from metrics import (
     roc_curve,
     spro_curve,
 )
+from summary import QUANTILES, normalizations, summarize_runs
 
 MAPS = ("combined", "local", "global")
 LOCALIZATION = {False: ("au_pro", "AU-PRO", "0.3"), True: ("au_spro", "AU-sPRO", "0.05")}  # LOCO? key, name, limit to report
@@ -42,7 +48,7 @@ LOCALIZATION = {False: ("au_pro", "AU-PRO", "0.3"), True: ("au_spro", "AU-sPRO",
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description="Evaluate a trained model, or score a folder of images.")
-    p.add_argument("--run", metavar="DIR", help="run folder of train.py; default the newest in runs/")
+    p.add_argument("--run", metavar="DIR", help="run folder of train.py, or a folder of such; default the newest run in runs/")
     p.add_argument("--data", help="category to test on; default the one that the model was trained on")
     p.add_argument("--images", metavar="DIR", help="score the images in this folder instead: images/scores.csv and overlays")
     p.add_argument("--tiff", action="store_true", help="also write anomaly_maps/<category>/test/<type>/<name>.tiff: float32,"
@@ -52,10 +58,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def newest_run() -> Path:
-    models = sorted(Path("runs").glob("*/model.pt"), key=lambda p: p.stat().st_mtime)
+    models = [*Path("runs").glob("*/model.pt"), *Path("runs").glob("*/*/model.pt")]  # the latter lie in a collection's folder
     if not models:
         raise DataError("runs/: no trained model; run train.py first, or name a run with --run")
-    return models[-1].parent
+    return max(models, key=lambda p: p.stat().st_mtime).parent
 
 
 def write(path: Path, content: str | bytes | Image.Image) -> None:
@@ -111,12 +117,15 @@ def overlay(image: Image.Image, mask: np.ndarray | None, maps: dict[str, np.ndar
     return sheet
 
 
+def to_tensor(image: Image.Image, size: tuple[int, int], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(to_array(image, size))[None].to(device, memory_format=torch.channels_last)
+
+
 @torch.no_grad()
 def predict(model: EfficientAD, path: Path, device: torch.device) -> tuple[Image.Image, dict[str, np.ndarray], dict[str, float]]:
     """Image file -> (RGB image, anomaly maps by name as float32 H×W of the model's image size, scores by name: their maxima)."""
     image = read_image(path)
-    tensor = torch.from_numpy(to_array(image, model.image_size))[None].to(device, memory_format=torch.channels_last)
-    local_map, global_map = model.maps(tensor)
+    local_map, global_map = model.maps(to_tensor(image, model.image_size, device))
     combined_map, _ = model.combine(local_map, global_map)
     maps = {name: m[0, 0].cpu().numpy() for name, m in zip(MAPS, (combined_map, local_map, global_map))}
     return image, maps, {name: float(m.max()) for name, m in maps.items()}
@@ -234,25 +243,43 @@ def report(results: dict, run: str, rows: list[list[str]], entries: list[dict], 
     return template.replace("@DATA@", json.dumps(content).replace("<", "\\u003c"))
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    run = Path(args.run) if args.run else newest_run()
-    device = pick_device(args.device)
-    model = EfficientAD.load(str(run / "model.pt")).to(device, memory_format=torch.channels_last)
-    threshold = model.threshold.item()
+@torch.no_grad()
+def ablation_scores(model: EfficientAD, category: Category) -> list[dict]:
+    """Image AU-ROC under each map normalization that the paper's tables 3 to 5 want of this training: the same weights, calibrated
+    anew on the validation images of the run."""
+    info, device, model = model.training_info, model.threshold.device, copy.deepcopy(model)
+    validation, entries, raw = open_category(info["data"]).split(info["seed"])[1], [], {}
+    for path in tqdm([*validation, *(s.path for s in category.test)], "ablation", unit="image"):
+        raw[path] = model.raw_maps(to_tensor(read_image(path), model.image_size, device))
+    model.raw_maps = raw.__getitem__  # calibration takes file names now: no network runs a second time
+    penalty = info["pretraining_images"] != "none"
+    for quantiles in normalizations(info["p_hard"], penalty):
+        model.calibrate(validation, *(quantiles or QUANTILES), gaussian=quantiles is None)
+        maps = [model.normalize_maps(*raw[s.path]) for s in category.test]
+        maps = [(model.combine(*m)[0], *m) for m in maps]
+        scores = {name: np.array([m[i].max().item() for m in maps]) for i, name in enumerate(MAPS)}
+        auroc = summarize(scores, category.test, category, model.threshold.item())["image_auroc"]
+        entries.append({"p_hard": info["p_hard"], "penalty": penalty, "quantiles": quantiles, "image_auroc": auroc})
+    return entries
 
-    if args.images:
-        folder, rows = run / "images", []
-        for path in tqdm(list_images(args.images, recursive=True), "scoring", unit="image"):
-            image, maps, scores = predict(model, path, device)
-            name = path.relative_to(args.images)
-            rows.append([str(name), *(f"{scores[m]:.6f}" for m in MAPS), int(scores["combined"] > threshold)])
-            write(folder / "overlays" / f"{name}.png", overlay(image, None, maps, threshold))
-        write(folder / "scores.csv", csv_text(["image", "score", "score_local", "score_global", "anomalous"], rows))
-        print(f"{sum(row[-1] for row in rows)} of {len(rows)} images above the threshold {threshold:.4f}")
-        print(f"wrote {folder / 'scores.csv'} and {folder / 'overlays'}")
-        return
 
+def score_folder(run: Path, model: EfficientAD, images: str) -> None:
+    """Score the images below a folder, with overlays."""
+    device, threshold = model.threshold.device, model.threshold.item()
+    folder, rows = run / "images", []
+    for path in tqdm(list_images(images, recursive=True), "scoring", unit="image"):
+        image, maps, scores = predict(model, path, device)
+        name = path.relative_to(images)
+        rows.append([str(name), *(f"{scores[m]:.6f}" for m in MAPS), int(scores["combined"] > threshold)])
+        write(folder / "overlays" / f"{name}.png", overlay(image, None, maps, threshold))
+    write(folder / "scores.csv", csv_text(["image", "score", "score_local", "score_global", "anomalous"], rows))
+    print(f"{sum(row[-1] for row in rows)} of {len(rows)} images above the threshold {threshold:.4f}")
+    print(f"wrote {folder / 'scores.csv'} and {folder / 'overlays'}")
+
+
+def evaluate(run: Path, model: EfficientAD, args: argparse.Namespace) -> dict:
+    """Evaluate a run on its category's test images, write and print the results; returns what results.json has."""
+    device, threshold = model.threshold.device, model.threshold.item()
     category = open_category(args.data or model.training_info["data"])
     if not category.test:
         raise DataError(f"{category.root}: no test images (test/good, test/<defect>); score a folder with --images DIR")
@@ -277,15 +304,73 @@ def main(argv: list[str] | None = None) -> None:
         results |= {"pixel_auroc": image_auroc(*pixels), "pixel_ap": average_precision(*pixels)}
     for name, areas in areas_by_type.items():
         (results if name == "overall" else results["types"][name]).update({key: areas[limit], f"{key}_by_limit": areas})
-    info = {k: model.training_info.get(k) for k in ("size", "image_size", "steps", "seed", "precision")}
+    info = {k: model.training_info.get(k) for k in ("size", "image_size", "steps", "seed", "precision", "category")}
+    results["training"] = info
+    if model.training_info.get("ablation"):
+        results["ablation"] = ablation_scores(model, category)
     write(run / "scores.csv", csv_text(["image", "defect", "score", "score_local", "score_global", "anomalous"], rows))
-    write(run / "results.json", json.dumps(results | {"training": info}, indent=1) + "\n")
     cells = results_table(results)
     write(run / "results.md", table(cells) + "\n")
-    write(run / "report.html", report(results, ", ".join(f"{k} {v}" for k, v in info.items()), cells, entries, curves))
+    origin = ", ".join(f"{k} {v}" for k, v in info.items() if k != "category")
+    write(run / "report.html", report(results, origin, cells, entries, curves))
+    write(run / "results.json", json.dumps(results, indent=1) + "\n")  # last: with it the evaluation counts as done
     print(table(cells))
     print(f"percent; the threshold {threshold:.4f} is the highest score of the validation images")
     print(f"wrote {run / 'report.html'}, results.json, results.md, scores.csv and overlays/")
+    return results
+
+
+def evaluate_runs(folder: Path, runs: list[Path], args: argparse.Namespace) -> None:
+    """Evaluate each run of a collection, of several seeds or of an ablation that has no results newer than its model, then write
+    and print the summary. A run that fails does not stop the rest; it makes the exit status 1, as does an unfinished one."""
+    if args.data or args.images:
+        raise DataError(f"{folder}: is a folder of runs; --data and --images take one of them, such as --run {runs[0]}")
+    results, failed = [], {}
+    for run in runs:
+        try:
+            path = run / "results.json"
+            known = path.exists() and path.stat().st_mtime >= (run / "model.pt").stat().st_mtime and not args.tiff
+            known = known and json.loads(path.read_text())
+            if known and known["category"] == known["training"].get("category"):  # else of another --data
+                results.append(known)
+                continue
+            print(f"{run}:", file=sys.stderr)
+            results.append(evaluate(run, load(run, args.device), args))
+        except Exception as error:
+            if not isinstance(error, (DataError, ModelError, OSError)):
+                traceback.print_exc()
+            failed[run.name] = str(error)
+    unfinished = sorted(d.name for d in folder.iterdir() if (d / "log.jsonl").exists() and not (d / "model.pt").exists())
+    failed |= dict.fromkeys(unfinished, "not trained to the end")
+
+    try:
+        content, sections = summarize_runs(results)
+    except ValueError as error:
+        raise DataError(f"{folder}: {error}") from None
+    text = "\n\n".join(f"### {title}\n\n{table(rows)}" for title, rows in sections.items()) + "\n"
+    text += "".join(f"\nfailed: {name}: {reason}\n" for name, reason in failed.items())
+    write(folder / "summary.json", json.dumps(content | {"failed": failed}, indent=1) + "\n")
+    write(folder / "summary.md", text)
+    print(f"\n{text}\nwrote {folder / 'summary.json'} and summary.md")
+    if failed:
+        raise SystemExit(1)
+
+
+def load(run: Path, device: torch.device) -> EfficientAD:
+    return EfficientAD.load(str(run / "model.pt")).to(device, memory_format=torch.channels_last)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    args.device = pick_device(args.device)
+    run = Path(args.run) if args.run else newest_run()
+    runs = [] if (run / "model.pt").exists() else sorted(path.parent for path in run.glob("*/model.pt"))
+    if runs:
+        evaluate_runs(run, runs, args)
+    elif args.images:
+        score_folder(run, load(run, args.device), args.images)
+    else:
+        evaluate(run, load(run, args.device), args)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,8 @@ def spro_curve(
             gains.append(gain)
             outside &= ~mask
         normal.append(values[outside])
-    normal = np.sort(np.concatenate(normal)) if normal else np.empty(0)
+    normal = np.concatenate(normal) if normal else np.empty(0)
+    normal.sort()  # in place: most of the time and of the memory goes here
     if not count or not normal.size:
         raise ValueError(f"need at least one region and one defect-free pixel, got {count} and {normal.size}")
 

@@ -1,9 +1,12 @@
-"""Train EfficientAD on one category (sections 3.2 to 3.4 of arXiv 2303.14535).
+"""Train EfficientAD on a category, or on each one of a collection (sections 3.2 to 3.4 of arXiv 2303.14535).
 
     python train.py                                  # the built-in demo set
     python train.py --data mvtec/bottle              # then: python evaluate.py
     python train.py --data mvtec_loco/pushpins --size medium --pretraining-images imagenet/train
     python train.py --resume runs/bottle-small       # go on after an interruption
+    python train.py --data mvtec --seeds 0,1,2       # every category × seed; the same command goes on after an interruption
+    torchrun --nproc-per-node 4 train.py --data visa # the same, shared by four GPUs
+    python train.py --data mvtec/bottle --ablation   # the trainings behind the paper's tables 3 to 5
 
 Every random choice of a step is a function of the seed and the step's number, so a resumed run equals an uninterrupted one.
 """
@@ -11,9 +14,11 @@ Every random choice of a step is a function of the seed and the step's number, s
 import argparse
 import json
 import math
+import os
 import signal
 import sys
 import time
+import traceback
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,17 +27,36 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import DataError, Images, PhotographCrops, list_images, open_category
+from data import DataError, Images, PhotographCrops, list_categories, list_images, open_category
 from efficientad import EfficientAD, ModelError, check_image_size, pick_device, read_checkpoint, write_checkpoint
 
 PAPER_STEPS, CPU_STEPS = 70000, 1500
 PAPER_LR, SHORT_LR = 1e-4, 3e-4  # the paper's is too low for a run of less than 10,000 steps, see the README
+ABLATION = {  # the distinct trainings behind tables 3 to 5; rows about map normalization only calibrate one of them anew
+    "default": {},
+    "p_hard-0": {"p_hard": 0.0},
+    "p_hard-0.9": {"p_hard": 0.9},
+    "p_hard-0.99": {"p_hard": 0.99},
+    "p_hard-0.9999": {"p_hard": 0.9999},
+    "p_hard-0.99999": {"p_hard": 0.99999},
+    "no-penalty": {"pretraining_images": "none"},
+    "p_hard-0-no-penalty": {"p_hard": 0.0, "pretraining_images": "none"},
+}
+
+
+def integers(text: str) -> list[int]:
+    return list(dict.fromkeys(map(int, text.split(","))))
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The options of a run; with --resume those of the interrupted run. Exits with status 2 on an impossible option."""
     p = argparse.ArgumentParser(description="Train EfficientAD on normal images.", argument_default=argparse.SUPPRESS)
-    p.add_argument("--data", help="a category (MVTec AD, MVTec LOCO, VisA), a folder of normal images, or 'demo' (default)")
+    p.add_argument("--data", help="a category (MVTec AD, MVTec LOCO, VisA), a folder of normal images, 'demo' (default), or a"
+                   " folder of categories: then one run each in runs/DATA/, finished ones skipped, interrupted ones resumed")
+    p.add_argument("--categories", metavar="A,B", help="of a folder of categories only these")
+    p.add_argument("--seeds", type=integers, metavar="0,1,2", help="a run for each seed, into runs/DATA/ as well")
+    p.add_argument("--ablation", action="store_true", help="the trainings that the paper's tables 3 to 5 need on a category, into"
+                   " runs/DATA-SIZE-ablation/")
     p.add_argument("--size", choices=["small", "medium"], help="EfficientAD-S (default) or EfficientAD-M")
     p.add_argument("--steps", type=int, help=f"default {PAPER_STEPS} as in the paper; {CPU_STEPS} without a GPU")
     p.add_argument("--teacher", help="teacher file; default weights/teacher_SIZE.pt beside this script")
@@ -56,6 +80,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--checkpoint-every", type=float, metavar="SECONDS", help="default 60")
     p.add_argument("--resume", metavar="DIR", help="go on with the interrupted run in this folder; takes no other option")
     given = vars(p.parse_args(argv))
+    defaults = dict(data="demo", categories=None, seeds=None, ablation=False, size="small", steps=None, teacher=None,
+                    pretraining_images=None, image_size=None, padding=False, batch_size=1, lr=None, p_hard=0.999, a=0.9, b=0.995,
+                    map_normalization="quantile", seed=0, device=None, precision="auto", out=None, checkpoint_every=60.0,
+                    resume=None)  # fmt: skip
 
     if "resume" in given:
         if len(given) > 1:
@@ -66,11 +94,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         state = read_checkpoint(str(folder / "resume.pt"))
         if state.get("format") != "efficientad-resume":
             raise ModelError(f"{folder / 'resume.pt'}: not a training state of this program")
-        return argparse.Namespace(**state["options"], resume=str(folder))
+        return argparse.Namespace(**{**defaults, **state["options"], "resume": str(folder)})
 
-    defaults = dict(data="demo", size="small", steps=None, teacher=None, pretraining_images=None, image_size=None, padding=False,
-                    batch_size=1, lr=None, p_hard=0.999, a=0.9, b=0.995, map_normalization="quantile", seed=0, device=None,
-                    precision="auto", out=None, checkpoint_every=60.0, resume=None)  # fmt: skip
     args = argparse.Namespace(**{**defaults, **given})
     args.device = str(pick_device(args.device))
     args.steps = args.steps or (PAPER_STEPS if args.device.startswith("cuda") else CPU_STEPS)
@@ -84,6 +109,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         p.error(f"--image-size: {error}")
     if args.steps < 1 or args.batch_size < 1 or not args.lr > 0 or not 0 <= args.p_hard <= 1 or not 0 <= args.a < args.b <= 1:
         p.error("need --steps >= 1, --batch-size >= 1, --lr > 0, 0 <= --p-hard <= 1 and 0 <= --a < --b <= 1")
+    if args.seeds and "seed" in given:
+        p.error("give --seed or --seeds")
+    if args.ablation and (given.keys() & {"p_hard", "a", "b", "map_normalization"} or args.pretraining_images == "none"):
+        p.error("--ablation chooses --p-hard, --a, --b, --map-normalization and --pretraining-images none by itself")
     if args.precision == "auto":
         bf16 = torch.cuda.is_bf16_supported() if args.device.startswith("cuda") else torch.cpu._is_avx512_bf16_supported()
         args.precision = "bf16" if bf16 else "fp32"
@@ -148,14 +177,13 @@ def random_gray(images: Tensor, probability: float = 0.3) -> Tensor:
     return torch.where(gray, luma(images), images)
 
 
-def main(argv: list[str] | None = None) -> Path:
-    args = parse_arguments(argv)
+def train(args: argparse.Namespace) -> Path:
+    """One run: the model of a category, in its run folder, which is returned. With args.resume the rest of a run."""
     device, size = torch.device(args.device), tuple(args.image_size)
 
     # Data: normal images only, a tenth of them (or the set's own validation images) held out for calibration.
     category = open_category(args.data)
-    train_paths, validation_paths = category.split(args.seed)
-    train, validation = Images(train_paths, size), Images(validation_paths, size)
+    training, validation = (Images(paths, size) for paths in category.split(args.seed))
     if args.pretraining_images == "none":
         pretraining, penalty = None, "no pretraining penalty"
     elif args.pretraining_images:
@@ -178,15 +206,15 @@ def main(argv: list[str] | None = None) -> Path:
     model = model.to(device, memory_format=torch.channels_last)
 
     def batches(images):
-        for i in tqdm(range(len(images)), desc="teacher statistics" if images is train else "calibration", unit="image"):
+        for i in tqdm(range(len(images)), desc="teacher statistics" if images is training else "calibration", unit="image"):
             yield torch.from_numpy(images[i])[None].to(device)
 
-    print(f"{folder}: {category.name}, {len(train)} training and {len(validation)} validation images, {args.steps} steps of"
+    print(f"{folder}: {category.name}, {len(training)} training and {len(validation)} validation images, {args.steps} steps of"
           f" {args.batch_size} at {size[0]}×{size[1]}, {args.precision} on {args.device}; {penalty}", file=sys.stderr)
     if args.steps < PAPER_STEPS:
         print(f"note: a short run; the paper's has {PAPER_STEPS} steps and lr {PAPER_LR}, this one lr {args.lr}", file=sys.stderr)
     if not args.resume:
-        model.fit_teacher_statistics(batches(train))
+        model.fit_teacher_statistics(batches(training))
     parameters = [*model.student.parameters(), *model.autoencoder.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.lr, weight_decay=1e-5, fused=True)
     if args.resume:
@@ -209,7 +237,7 @@ def main(argv: list[str] | None = None) -> Path:
         if step == int(0.95 * args.steps):
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * 0.1
-        images = shuffled(train, step, args.batch_size, args.seed, 0).to(device)
+        images = shuffled(training, step, args.batch_size, args.seed, 0).to(device)
         photos = None
         if pretraining is not None:
             photos = random_gray(shuffled(pretraining, step, args.batch_size, args.seed, 1).to(device))
@@ -237,13 +265,86 @@ def main(argv: list[str] | None = None) -> Path:
 
     # Map normalization and threshold, from validation images; then the model as one file.
     model.calibrate(batches(validation), args.a, args.b, args.map_normalization == "gaussian")
-    options = {k: v for k, v in vars(args).items() if k not in ("resume", "out", "checkpoint_every")}
+    options = {k: v for k, v in vars(args).items() if k not in ("resume", "out", "checkpoint_every", "categories", "seeds")}
     model.training_info = {**options, "category": category.name, "data": str(category.root.resolve()),
-                           "training_images": len(train), "validation_images": len(validation)}  # fmt: skip
+                           "training_images": len(training), "validation_images": len(validation)}  # fmt: skip
     model.cpu().save(str(folder / "model.pt"))
     (folder / "resume.pt").unlink(missing_ok=True)
     print(f"trained in {seconds / 60:.1f} minutes, wrote {folder / 'model.pt'}; now: python evaluate.py --run {folder}")
     return folder
+
+
+def list_jobs(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """The options of each run of a collection, of several seeds or of an ablation, with its folder; empty for a single run."""
+    categories = list_categories(args.data)
+    if not (categories or args.categories or args.seeds or args.ablation):
+        return []
+    if args.ablation and categories:
+        raise DataError(f"{args.data}: --ablation takes one category: {', '.join(map(str, categories))}")
+    if args.categories:
+        known, chosen = {c.name: c for c in categories}, dict.fromkeys(args.categories.split(","))
+        if not known.keys() >= chosen.keys():
+            raise DataError(f"{args.data}: has no category {', '.join(chosen.keys() - known.keys())}; it has: {', '.join(known)}")
+        categories = [known[c] for c in chosen]
+    name = Path(args.data).resolve().name if categories else open_category(args.data).name
+    folder = Path(args.out or f"runs/{name}" + (f"-{args.size}-ablation" if args.ablation else ""))
+    if (folder / "log.jsonl").exists():
+        raise DataError(f"{folder}: is a single run, not a folder of runs; choose another --out")
+    jobs = []
+    for data in categories or [Path(args.data)]:
+        for run, options in (ABLATION if args.ablation else {f"{data.resolve().name}-{args.size}": {}}).items():
+            for seed in args.seeds or [args.seed]:
+                out = folder / (f"{run}-seed{seed}" if args.seeds else run)
+                jobs.append(argparse.Namespace(**{**vars(args), **options, "data": str(data), "seed": seed, "out": str(out)}))
+    return jobs
+
+
+def train_all(jobs: list[argparse.Namespace]) -> Path:
+    """This process's share of the runs, one after another: finished ones are skipped, interrupted ones resumed, one that fails
+    does not stop the rest. Returns the folder that they lie in."""
+    # torchrun sets these. The shares depend on nothing else, so no two processes ever write the same run. They do not talk to each
+    # other, and torchrun ends all as soon as one exits with an error: then a failed run is reported, but the exit status stays 0.
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    failed, share, interrupt = [], jobs[rank::world], signal.getsignal(signal.SIGINT)
+    for job in share:
+        folder = Path(job.out)
+        try:
+            if (folder / "model.pt").exists():
+                print(f"{folder}: finished, skipped", file=sys.stderr)
+                continue
+            if (folder / "resume.pt").exists():
+                print(f"{folder}: interrupted, goes on with the options that it began with", file=sys.stderr)
+                device, job = job.device, parse_arguments(["--resume", job.out])
+                job.device = device
+            else:
+                (folder / "log.jsonl").unlink(missing_ok=True)  # stopped before it had saved anything: it starts again
+            train(job)
+        except Exception as error:
+            if not isinstance(error, (DataError, ModelError, OSError)):
+                traceback.print_exc()
+            print(f"train.py: {folder}: failed: {error}", file=sys.stderr)
+            failed.append(f"{folder}: {error}")
+        finally:
+            signal.signal(signal.SIGINT, interrupt)
+    folder = Path(jobs[0].out).parent
+    print(f"{len(share) - len(failed)} of {len(share)} runs complete in {folder}; now: python evaluate.py --run {folder}")
+    if failed:
+        print("train.py: failed runs (the same command tries them again):", *failed, sep="\n  ", file=sys.stderr)
+        if world == 1:
+            raise SystemExit(1)
+    return folder
+
+
+def main(argv: list[str] | None = None) -> Path:
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():  # torchrun: from here "cuda" is this process's own GPU
+        torch.cuda.set_device(pick_device(f"cuda:{os.environ['LOCAL_RANK']}"))
+    args = parse_arguments(argv)
+    jobs = [] if args.resume else list_jobs(args)
+    if jobs:
+        return train_all(jobs)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise DataError("several processes share the runs of a folder of categories, of --seeds or of --ablation; this is one run")
+    return train(args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,161 @@
+"""Tables over several runs, with the paper's values beside ours. Knows results.json's content; no model and no path."""
+
+from statistics import mean, stdev
+
+# The categories of the three collections: the paper's means hold for all of them together, not for some.
+COLLECTIONS = {
+    "MVTec AD": "bottle cable capsule carpet grid hazelnut leather metal_nut pill screw tile toothbrush transistor wood zipper",
+    "VisA": "candle capsules cashew chewinggum fryum macaroni1 macaroni2 pcb1 pcb2 pcb3 pcb4 pipe_fryum",
+    "MVTec LOCO": "breakfast_box juice_bottle pushpins screw_bag splicing_connectors",
+}
+LOGICAL, STRUCTURAL = "logical_anomalies/image_auroc", "structural_anomalies/image_auroc"
+COLUMNS = {"image_auroc": "image AU-ROC", LOGICAL: "logical", STRUCTURAL: "structural", "au_pro": "AU-PRO 0.3",
+           "au_spro": "AU-sPRO 0.05", "pixel_auroc": "pixel AU-ROC", "image_ap": "image AP"}  # fmt: skip
+PAPER = {  # percent; (size, collection or category): tables 1 and 2 and, for two categories, the supplementary material
+    ("small", "MVTec AD"): {"image_auroc": 98.8},
+    ("small", "VisA"): {"image_auroc": 97.5},
+    ("small", "MVTec LOCO"): {"image_auroc": 90.0, LOGICAL: 85.8, STRUCTURAL: 94.1},
+    ("medium", "MVTec AD"): {"image_auroc": 99.1},
+    ("medium", "VisA"): {"image_auroc": 98.1},
+    ("medium", "MVTec LOCO"): {"image_auroc": 90.7, LOGICAL: 86.8, STRUCTURAL: 94.7},
+    ("small", "bottle"): {"image_auroc": 99.9, "au_pro": 95.2},
+    ("small", "screw"): {"image_auroc": 97.9, "au_pro": 95.6},
+}
+
+QUANTILES, GAUSSIAN = (0.9, 0.995), None  # map normalization: (a, b), or None for mean 0 and variance 1
+ABLATION = {  # table: (row, the paper's AU-ROC, p_hard, penalty?, map normalization)
+    "Table 3, quantile a (paper: EfficientAD-M)": [
+        (f"a = {a}", paper, 0.999, True, (a, 0.995))
+        for a, paper in {0.5: 95.9, 0.8: 95.9, 0.9: 96.0, 0.95: 95.9, 0.98: 95.9, 0.99: 95.8}.items()
+    ],
+    "Table 3, quantile b (paper: EfficientAD-M)": [
+        (f"b = {b}", paper, 0.999, True, (0.9, b))
+        for b, paper in {0.95: 95.8, 0.98: 95.9, 0.99: 96.0, 0.995: 96.0, 0.998: 95.9, 0.999: 95.9}.items()
+    ],
+    "Table 3, mining factor (paper: EfficientAD-M)": [
+        (f"p_hard = {p}", paper, float(p), True, QUANTILES)
+        for p, paper in {"0": 94.9, "0.9": 94.9, "0.99": 95.7, "0.999": 96.0, "0.9999": 95.8, "0.99999": 95.7}.items()
+    ],
+    "Table 4, cumulative (paper: EfficientAD-S)": [
+        ("PDN", 93.2, 0.0, False, GAUSSIAN),
+        ("+ map normalization", 94.0, 0.0, False, QUANTILES),
+        ("+ hard feature loss", 95.0, 0.999, False, QUANTILES),
+        ("+ pretraining penalty: EfficientAD", 95.4, 0.999, True, QUANTILES),
+    ],
+    "Table 5, isolated (paper: EfficientAD-S)": [
+        ("EfficientAD", 95.4, 0.999, True, QUANTILES),
+        ("without map normalization", 94.7, 0.999, True, GAUSSIAN),
+        ("without hard feature loss", 94.7, 0.0, True, QUANTILES),
+        ("without pretraining penalty", 95.0, 0.999, False, QUANTILES),
+    ],
+}
+
+
+def normalizations(p_hard: float, penalty: bool) -> list[tuple[float, float] | None]:
+    """The map normalizations under which the tables want a training with these options."""
+    return list(dict.fromkeys(n for rows in ABLATION.values() for _, _, p, q, n in rows if (p, q) == (p_hard, penalty)))
+
+
+def spread(values: list[float]) -> dict:
+    """{"mean", "std" (of the sample, n − 1; None for one value), "values"}, in percent."""
+    values = [100 * v for v in values]
+    return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None, "values": values}
+
+
+def cell(entry: dict | None) -> str:
+    if not entry:
+        return "–"
+    return f"{entry['mean']:.1f}" + (f" ± {entry['std']:.1f}" if entry["std"] is not None else "")
+
+
+def summarize_collection(results: list[dict], size: str) -> dict:
+    """Contents of results.json of several runs -> those of one size as {"collection", "size", "steps", "categories": {name:
+    {"seeds", metric: `spread`}}, "mean": {"seeds", metric: `spread`}, "paper": {name: {metric: percent}}}.
+
+    The mean is over categories, seed by seed, and its spread over the seeds that every category has (None without one); a metric
+    that a category lacks has no mean. A LOCO category's own value is already the mean of logical and structural (evaluate.py).
+    "collection" is None unless the categories are exactly those of one. Raises ValueError for two runs of one category and seed."""
+    results = [r for r in results if r["training"]["size"] == size]
+    runs = {(r["category"], r["training"]["seed"]): r for r in results}
+    if len(runs) < len(results):
+        raise ValueError(f"two {size} runs of one category with the same seed; move one elsewhere")
+    names = list(dict.fromkeys(category for category, _ in sorted(runs)))
+    seeds = {name: sorted(seed for category, seed in runs if category == name) for name in names}
+    common = sorted(set.intersection(*(set(s) for s in seeds.values())))
+    collection = next((c for c, categories in COLLECTIONS.items() if set(names) == set(categories.split())), None)
+
+    def value(name: str, seed: int, metric: str) -> float | None:
+        kind, _, key = metric.rpartition("/")
+        entry = runs[name, seed]["types"].get(kind, {}) if kind else runs[name, seed]
+        return entry.get(key)
+
+    categories = {}
+    for name in names:
+        values = {m: [v for s in seeds[name] if (v := value(name, s, m)) is not None] for m in COLUMNS}
+        categories[name] = {"seeds": seeds[name], **{m: spread(v) for m, v in values.items() if v}}
+    overall = {"seeds": common} if common else None
+    for metric in COLUMNS if common else ():
+        values = [[value(name, seed, metric) for name in names] for seed in common]
+        if all(v is not None for row in values for v in row):
+            overall[metric] = spread([mean(row) for row in values])
+    return {"collection": collection, "size": size, "steps": sorted({r["training"]["steps"] for r in results}),
+            "categories": categories, "mean": overall,
+            "paper": {name: PAPER.get((size, name), {}) for name in [*names, *([collection] if collection else [])]}}  # fmt: skip
+
+
+def collection_rows(summary: dict) -> list[list[str]]:
+    """Rows for evaluate.table, the first one the header: a row for each category, then their mean; a column of the paper's values
+    follows each metric that has any."""
+    entries, paper, name = dict(summary["categories"]), summary["paper"], summary["collection"]
+    mean_row = f"mean of {name}" if name else f"mean of these {len(entries)}"
+    paper = {**paper, mean_row: paper.get(name, {})}
+    entries[mean_row] = summary["mean"] or {"seeds": []}
+    metrics = [m for m in COLUMNS if any(m in e for e in entries.values())]
+    with_paper = {m for m in metrics if m == "image_auroc" or any(m in p for p in paper.values())}
+    rows = [["percent", "runs"] + [c for m in metrics for c in ([COLUMNS[m], "paper"] if m in with_paper else [COLUMNS[m]])]]
+    for row, entry in entries.items():
+        rows.append([row, str(len(entry["seeds"]))])
+        for m in metrics:
+            published = paper[row].get(m)
+            rows[-1] += [cell(entry.get(m))] + ([f"{published:.1f}" if published else "–"] if m in with_paper else [])
+    return rows
+
+
+def ablation_rows(results: list[dict]) -> dict[str, list[dict]]:
+    """Contents of results.json of an ablation's runs -> the tables' rows, {table: [{"row", "paper", "ours": `spread` over the
+    seeds, or None without such a run}]}."""
+    scores = {}
+    for entry in (entry for r in results for entry in r["ablation"]):
+        key = (entry["p_hard"], entry["penalty"], tuple(entry["quantiles"]) if entry["quantiles"] else GAUSSIAN)
+        scores.setdefault(key, []).append(entry["image_auroc"])
+    return {
+        table: [
+            {"row": row, "paper": paper, "ours": spread(scores[key]) if (key := (p_hard, penalty, norm)) in scores else None}
+            for row, paper, p_hard, penalty, norm in rows
+        ]
+        for table, rows in ABLATION.items()
+    }
+
+
+def summarize_runs(results: list[dict]) -> tuple[dict, dict[str, list[list[str]]]]:
+    """Contents of results.json of the runs in a folder -> (numbers, {title: rows of a table}): tables 3 to 5 if they are an
+    ablation's, else a table for each size. Raises ValueError for runs that do not belong together."""
+    ablation = [r for r in results if "ablation" in r]
+    if not ablation:
+        sections, content = {}, {"collections": []}
+        for size in sorted({r["training"]["size"] for r in results}):
+            summary = summarize_collection(results, size)
+            name, steps = summary["collection"] or "Collection", "/".join(map(str, summary["steps"]))
+            sections[f"{name}, EfficientAD-{size[0].upper()}, {steps} steps"] = collection_rows(summary)
+            content["collections"].append(summary)
+        return content, sections
+    kinds = {(r["category"], r["training"]["size"], r["training"]["steps"]) for r in results}
+    if len(ablation) < len(results) or len(kinds) > 1:
+        raise ValueError("an ablation's runs are of one category, size and number of steps; move the others elsewhere")
+    category, size, steps = kinds.pop()
+    tables, header = ablation_rows(ablation), ["image AU-ROC, percent", "paper", f"{category}, {size[0].upper()}"]
+    content = {"category": category, "size": size, "steps": steps, "tables": tables}
+    return content, {
+        f"{title}; ours: {steps} steps": [header, *([r["row"], f"{r['paper']:.1f}", cell(r["ours"])] for r in rows)]
+        for title, rows in tables.items()
+    }
