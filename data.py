@@ -26,8 +26,7 @@ def read_image(path: str | Path) -> Image.Image:
     """Any image file -> RGB image, 8 bit. Gray, palette, CMYK and 1-bit files are converted, alpha is dropped, 16-bit gray is
     scaled by 255/65535, and EXIF orientation is applied. Raises DataError if the file cannot be read."""
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning), Image.open(path) as image:
             image.load()
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16-bit gray; convert("RGB") would clip it at 255
@@ -138,6 +137,8 @@ class Sample:
                     image = image.convert("RGB")
                 mask = np.asarray(image)
             mask = mask.max(-1) if mask.ndim == 3 else mask
+            if not mask.any():
+                raise DataError(f"{path}: the mask of a defect is empty; mend it or remove the image")
             if mask.shape != size:
                 raise DataError(f"{path}: mask of {mask.shape[1]}×{mask.shape[0]} for an image of {size[1]}×{size[0]}")
             values.append(mask)
@@ -187,7 +188,7 @@ class Category:
 
 
 def open_category(path: str | Path) -> Category:
-    """Recognize a data set by its layout: MVTec AD (train/good, test/…, ground_truth/…), MVTec LOCO (validation/good too),
+    """Recognize a data set by its layout: MVTec AD (train/good, test/…, ground_truth/…), MVTec LOCO (defects_config.json too),
     VisA (as downloaded, or in MVTec layout), or a folder of normal images. "demo" is the built-in set, drawn into datasets/demo
     when it is not there. Raises DataError for anything else."""
     root = Path(path)
@@ -205,8 +206,8 @@ def open_category(path: str | Path) -> Category:
     if (root / "Data/Images/Normal").is_dir():
         return _open_visa(root, name)
     if (root / "train").is_dir():
-        train, loco = list_images(root / "train/good"), (root / "validation/good").is_dir()
-        validation = list_images(root / "validation/good") if loco else None
+        train, loco = list_images(root / "train/good"), (root / "defects_config.json").exists()
+        validation = list_images(root / "validation/good") if (root / "validation/good").is_dir() else None
         return Category(name, "loco" if loco else "mvtec", root, train, validation, _mvtec_test(root, loco))
     categories = list_categories(root)
     if categories:

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,8 @@ class Views(Dataset):
     of its area within `crops`, flipped with probability 0.5; gray with probability 0.1 (both inputs alike)."""
 
     def __init__(self, paths: list[Path], length: int, args: argparse.Namespace):
-        self.paths, self.length, self.args, self.decoded, self.room = paths, length, args, {}, args.cache_gib * 2**30
+        self.paths, self.length, self.args, self.decoded = paths, length, args, {}
+        self.room = args.cache_gib * 2**30 / max(1, args.workers)  # every worker process keeps photos of its own
 
     def __len__(self):
         return self.length
@@ -60,7 +62,7 @@ class Views(Dataset):
 
     def __getitem__(self, i: int):
         epoch, position = divmod(i, len(self.paths))
-        p = int(np.random.default_rng((self.args.seed, epoch)).permutation(len(self.paths))[position])
+        p = int(permutation(len(self.paths), self.args.seed, epoch)[position])
         view = epoch % self.args.views if self.args.views else epoch
         key, rng = view * len(self.paths) + p, np.random.default_rng((self.args.seed, p, view))
         image, box = self.photo(p), None
@@ -78,6 +80,11 @@ class Views(Dataset):
             view = np.asarray(image.resize((s, s), Image.Resampling.BILINEAR, box=box)).transpose(2, 0, 1)
             inputs.append(np.ascontiguousarray(view[..., ::-1] if flip else view))
         return key, *inputs
+
+
+@lru_cache(maxsize=2)
+def permutation(n: int, *seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(n)
 
 
 class Targets:
@@ -151,6 +158,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         p.error("--image-size must be a multiple of 32")
     if min(args.steps, args.batch_size, args.statistics_images, args.checkpoint_every) < 1:
         p.error("--steps, --batch-size, --statistics-images and --checkpoint-every must be at least 1")
+    if not args.lr > 0 or args.views < 0 or args.seed < 0:
+        p.error("need --lr > 0, --views >= 0 and --seed >= 0")
+    args.workers = 0 if args.device.type == "cpu" else max(1, min(12, (os.cpu_count() or 1) - 2))
     if args.crops and not 0 < args.crops[0] <= args.crops[1] <= 1:
         p.error("--crops needs 0 < MIN <= MAX <= 1")
     if args.out.exists():
@@ -167,7 +177,8 @@ def main(argv: list[str] | None = None) -> None:
     # Photos: every 40th is held out, at most 64, to measure the loss on photos that the teacher has not seen.
     paths = [path for folder in args.images for path in list_images(folder, recursive=True)]
     held_out = paths[::40][:64] if len(paths) >= 40 else []
-    paths = [path for path in paths if path not in set(held_out)]
+    unseen = set(held_out)
+    paths = [path for path in paths if path not in unseen]
     views = Views(paths, args.steps * args.batch_size, args)
 
     # Networks.
@@ -179,7 +190,8 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = torch.optim.Adam(pdn.parameters(), lr=args.lr, weight_decay=1e-5)
 
     # Feature statistics, or the state of an interrupted run.
-    options = {k: v for k, v in vars(args).items() if k not in ("device", "resume", "out", "checkpoint_every", "cache_gib")}
+    indifferent = ("device", "resume", "out", "checkpoint_every", "cache_gib", "workers")
+    options = {k: v for k, v in vars(args).items() if k not in indifferent}
     start = 0
     if args.resume:
         state = read_checkpoint(str(resume_file))
@@ -199,9 +211,8 @@ def main(argv: list[str] | None = None) -> None:
         write_checkpoint(state | {"pdn": pdn.state_dict(), "optimizer": optimizer.state_dict()}, str(resume_file))
 
     # Training.
-    workers = 0 if device.type == "cpu" else max(1, min(12, (os.cpu_count() or 1) - 2))
-    order = range(start * args.batch_size, len(views))
-    loader = DataLoader(torch.utils.data.Subset(views, order), args.batch_size, num_workers=workers, pin_memory=workers > 0)
+    todo = torch.utils.data.Subset(views, range(start * args.batch_size, len(views)))
+    loader = DataLoader(todo, args.batch_size, num_workers=args.workers, pin_memory=args.workers > 0)
     log = open(args.out.with_suffix(".jsonl"), "a" if args.resume else "w", encoding="utf-8")
     stop = []  # Ctrl-C ends the run after the step at hand; a second one at once
     previous = signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)))
@@ -235,10 +246,9 @@ def main(argv: list[str] | None = None) -> None:
     # The loss on photos that were held out, and the teacher in half precision.
     result = {"step": args.steps, "seconds": time.time() - started}
     if held_out:
-        unseen = Views(held_out, len(held_out), args)
         errors = []
         with torch.no_grad():
-            for _, small, large in DataLoader(unseen, args.batch_size):
+            for _, small, large in DataLoader(Views(held_out, len(held_out), args), args.batch_size):
                 errors += (pdn(normalize(small, device)) - targets.compute(large)).square().mean((1, 2, 3)).tolist()
         result["held_out_loss"] = sum(errors) / len(errors)
     print(json.dumps(result), file=log, flush=True)

@@ -34,7 +34,7 @@ from metrics import (
     average_precision,
     best_f1,
     image_auroc,
-    pixel_scores,
+    pixel_metrics,
     pro_curve,
     recall_at_fpr,
     roc_curve,
@@ -280,7 +280,10 @@ def score_folder(run: Path, model: EfficientAD, images: str) -> None:
 def evaluate(run: Path, model: EfficientAD, args: argparse.Namespace) -> dict:
     """Evaluate a run on its category's test images, write and print the results; returns what results.json has."""
     device, threshold = model.threshold.device, model.threshold.item()
-    category = open_category(args.data or model.training_info["data"])
+    data = args.data or model.training_info.get("data")
+    if not data:
+        raise DataError(f"{run}: the model does not say what it was trained on; name the category with --data")
+    category = open_category(data)
     if not category.test:
         raise DataError(f"{category.root}: no test images (test/good, test/<defect>); score a folder with --images DIR")
     rows, full_maps, entries = [], [], []
@@ -300,8 +303,8 @@ def evaluate(run: Path, model: EfficientAD, args: argparse.Namespace) -> dict:
     key, _, limit = LOCALIZATION[category.layout == "loco"]
     areas_by_type, curves = localization(full_maps, category.test, category)
     if areas_by_type:
-        pixels = pixel_scores(full_maps, [s.mask(m.shape) for s, m in zip(category.test, full_maps)])
-        results |= {"pixel_auroc": image_auroc(*pixels), "pixel_ap": average_precision(*pixels)}
+        masks = [s.mask(m.shape) for s, m in zip(category.test, full_maps)]
+        results["pixel_auroc"], results["pixel_ap"] = pixel_metrics(full_maps, masks)
     for name, areas in areas_by_type.items():
         (results if name == "overall" else results["types"][name]).update({key: areas[limit], f"{key}_by_limit": areas})
     info = {k: model.training_info.get(k) for k in ("size", "image_size", "steps", "seed", "precision", "category")}
@@ -357,12 +360,16 @@ def evaluate_runs(folder: Path, runs: list[Path], args: argparse.Namespace) -> N
 
 
 def load(run: Path, device: torch.device) -> EfficientAD:
-    return EfficientAD.load(str(run / "model.pt")).to(device, memory_format=torch.channels_last)
+    model = EfficientAD.load(str(run / "model.pt"))
+    if not model.threshold.isfinite():
+        raise ModelError(f"{run / 'model.pt'}: not calibrated; train it with train.py, or call model.calibrate before saving")
+    return model.to(device, memory_format=torch.channels_last)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     args.device = pick_device(args.device)
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # not TF32
     run = Path(args.run) if args.run else newest_run()
     runs = [] if (run / "model.pt").exists() else sorted(path.parent for path in run.glob("*/model.pt"))
     if runs:

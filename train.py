@@ -94,11 +94,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         state = read_checkpoint(str(folder / "resume.pt"))
         if state.get("format") != "efficientad-resume":
             raise ModelError(f"{folder / 'resume.pt'}: not a training state of this program")
+        pick_device(state["options"]["device"])
         return argparse.Namespace(**{**defaults, **state["options"], "resume": str(folder)})
 
     args = argparse.Namespace(**{**defaults, **given})
     args.device = str(pick_device(args.device))
-    args.steps = args.steps or (PAPER_STEPS if args.device.startswith("cuda") else CPU_STEPS)
+    if args.steps is None:
+        args.steps = PAPER_STEPS if args.device.startswith("cuda") else CPU_STEPS
     if args.lr is None:
         args.lr = PAPER_LR if args.steps >= 10000 else SHORT_LR
     size = args.image_size or [128 if args.data == "demo" else 256]
@@ -107,18 +109,22 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         check_image_size(tuple(size) if len(size) <= 2 else (0, 0))
     except ValueError as error:
         p.error(f"--image-size: {error}")
-    if args.steps < 1 or args.batch_size < 1 or not args.lr > 0 or not 0 <= args.p_hard <= 1 or not 0 <= args.a < args.b <= 1:
-        p.error("need --steps >= 1, --batch-size >= 1, --lr > 0, 0 <= --p-hard <= 1 and 0 <= --a < --b <= 1")
+    if args.steps < 1 or args.batch_size < 1 or not args.lr > 0 or min([args.seed, *(args.seeds or [])]) < 0:
+        p.error("need --steps >= 1, --batch-size >= 1, --lr > 0 and --seed >= 0")
+    if not 0 <= args.p_hard <= 1 or not 0 <= args.a < args.b <= 1:
+        p.error("need 0 <= --p-hard <= 1 and 0 <= --a < --b <= 1")
     if args.seeds and "seed" in given:
         p.error("give --seed or --seeds")
     if args.ablation and (given.keys() & {"p_hard", "a", "b", "map_normalization"} or args.pretraining_images == "none"):
         p.error("--ablation chooses --p-hard, --a, --b, --map-normalization and --pretraining-images none by itself")
     if args.precision == "auto":
-        bf16 = torch.cuda.is_bf16_supported() if args.device.startswith("cuda") else torch.cpu._is_avx512_bf16_supported()
+        cuda = args.device.startswith("cuda")
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_avx512_bf16_supported()
         args.precision = "bf16" if bf16 else "fp32"
     args.teacher = args.teacher or str(Path(__file__).parent / "weights" / f"teacher_{args.size}.pt")
     if not Path(args.teacher).exists():
-        raise ModelError(f"{args.teacher}: no such teacher; make one with: python distill.py --size {args.size} (see README)")
+        raise ModelError(f"{args.teacher}: no such teacher; make one with: python distill.py --size {args.size} --images PHOTOS"
+                         " --backbone-weights FILE (see weights/README.md), and name it with --teacher")  # fmt: skip
     return args
 
 
@@ -180,6 +186,7 @@ def random_gray(images: Tensor, probability: float = 0.3) -> Tensor:
 def train(args: argparse.Namespace) -> Path:
     """One run: the model of a category, in its run folder, which is returned. With args.resume the rest of a run."""
     device, size = torch.device(args.device), tuple(args.image_size)
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # fp32 means fp32, not TF32
 
     # Data: normal images only, a tenth of them (or the set's own validation images) held out for calibration.
     category = open_category(args.data)
@@ -187,7 +194,9 @@ def train(args: argparse.Namespace) -> Path:
     if args.pretraining_images == "none":
         pretraining, penalty = None, "no pretraining penalty"
     elif args.pretraining_images:
-        pretraining = Images(list_images(args.pretraining_images, recursive=True), size, zoom=2)
+        paths = list_images(args.pretraining_images, recursive=True)
+        seen_again = len(paths) < args.steps * args.batch_size  # else keeping decoded photos would gain nothing
+        pretraining = Images(paths, size, zoom=2, cache_bytes=4 * 2**30 if seen_again else 0)
         penalty = f"{len(pretraining)} pretraining images from {args.pretraining_images}"
     else:
         pretraining, penalty = PhotographCrops(size), "pretraining images: random crops of scikit-learn's two photographs"

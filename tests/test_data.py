@@ -1,6 +1,7 @@
 """Image decoding, layouts and the demo set."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -73,6 +74,13 @@ def test_unreadable_images_are_named(tmp_path):
             read_image(tmp_path / name)
 
 
+def test_decompression_bomb(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
+    for size in (20, 40):  # above the limit, above twice the limit
+        with pytest.raises(DataError, match="bomb.png: more than 300 pixels"):
+            read_image(save(tmp_path / "bomb.png", np.zeros((size, size), np.uint8)))
+
+
 def test_resizing():
     image = Image.fromarray(np.stack([np.tile(RAMP[0] * 16, (16, 1))] * 3, -1).astype(np.uint8))
     assert to_array(image, (8, 4)).shape == (3, 8, 4)
@@ -134,15 +142,23 @@ def test_mask_of_another_size(tmp_path):
 
 def test_loco_layout(tmp_path):
     root = tmp_path / "pushpins"
+    root.mkdir()
+    entry = {"defect_name": "missing", "pixel_value": 255, "saturation_threshold": 0.5, "relative_saturation": True}
+    other = {"defect_name": "surplus", "pixel_value": 254, "saturation_threshold": 7, "relative_saturation": False}
+    (root / "defects_config.json").write_text(json.dumps([entry, other]))
     for folder in ("train", "validation", "test"):
         save(root / folder / "good/000.png")
     save(root / "test/logical_anomalies/007.png")
     for i in range(2):
-        save(root / f"ground_truth/logical_anomalies/007/{i:03d}.png", (RAMP == i).astype(np.uint8) * (255 - i))
+        save(root / f"ground_truth/logical_anomalies/007/{i:03d}.png", (RAMP // 8 == i).astype(np.uint8) * (255 - i))
     category = open_category(root)
     assert category.layout == "loco" and len(category.validation) == 1
     assert category.split(0) == (category.train, category.validation)
-    assert category.test[1].defect == "logical_anomalies" and category.test[1].mask((16, 16)).sum() == 2  # their union
+    assert category.test[1].defect == "logical_anomalies" and category.test[1].mask((16, 16)).sum() == 16  # their union
+    assert [(int(m.sum()), s) for m, s in category.regions(category.test[1], (16, 16))] == [(8, 4), (8, 7)]
+    save(root / "ground_truth/logical_anomalies/007/000.png", np.zeros((16, 16), np.uint8))
+    with pytest.raises(DataError, match="000.png: the mask of a defect is empty"):
+        category.test[1].mask((16, 16))
 
 
 def test_visa_layouts(tmp_path):

@@ -12,7 +12,7 @@ from metrics import (
     average_precision,
     best_f1,
     image_auroc,
-    pixel_scores,
+    pixel_metrics,
     pro_curve,
     recall_at_fpr,
     spro_curve,
@@ -41,11 +41,19 @@ def test_operating_points_by_hand():
         recall_at_fpr([0], [1], 1.5)
 
 
-def test_pixel_scores():
-    normal, defective = pixel_scores([np.arange(4.0).reshape(2, 2), np.zeros((1, 3))], [[[0, 255], [0, 1]], [[0, 0, 0]]])
-    assert normal.tolist() == [0, 2, 0, 0, 0] and defective.tolist() == [1, 3]
+@pytest.mark.parametrize("levels", [3, 40, 10**6])
+def test_pixel_metrics_are_scikit_learns(levels):
+    rng = np.random.default_rng(levels)
+    maps = [rng.integers(0, levels, shape).astype(np.float32) for shape in ((20, 30), (7, 9))]
+    masks = [rng.random(m.shape) < 0.2 for m in maps]
+    normal, defective = (np.concatenate([m[k == want] for m, k in zip(maps, masks)]) for want in (False, True))
+    assert pixel_metrics(maps, masks) == pytest.approx(
+        (image_auroc(normal, defective), average_precision(normal, defective)), abs=1e-12
+    )
     with pytest.raises(ValueError, match="shape"):
-        pixel_scores([np.zeros((2, 2))], [np.zeros((2, 3))])
+        pixel_metrics([np.zeros((2, 2))], [np.zeros((2, 3))])
+    with pytest.raises(ValueError, match="4 defect-free and 0 defective"):
+        pixel_metrics([np.zeros((2, 2))], [np.zeros((2, 2))])
 
 
 def test_invariant_to_monotone_transforms():

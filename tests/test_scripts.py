@@ -100,6 +100,8 @@ def test_learning_rate_drops_at_95_percent(tiny_demo, teacher, run_script, tmp_p
     run_script("train.py", "--data", tiny_demo, "--out", "o", "--steps", 21, "--lr", 1e-5, *TINY, "--teacher", teacher)
     rates = {e["step"]: e["lr"] for e in map(json.loads, (tmp_path / "o/log.jsonl").read_text().splitlines())}
     assert rates == {0: 1e-5, 10: 1e-5, 20: pytest.approx(1e-6)}
+    run_script("train.py", "--data", tiny_demo, "--out", "p", "--steps", 11, "--lr", 1e-5, *TINY, "--teacher", teacher)
+    assert json.loads((tmp_path / "p/log.jsonl").read_text().splitlines()[-1])["lr"] == pytest.approx(1e-6)  # from step 10 on
 
 
 def test_bad_options_and_files_get_one_line(tiny_demo, teacher, run_script, tmp_path):
@@ -115,6 +117,8 @@ def test_bad_options_and_files_get_one_line(tiny_demo, teacher, run_script, tmp_
         (("--data", tiny_demo, "--size", "medium", "--teacher", teacher), "not a medium teacher"),
         (("--data", tiny_demo, "--out", "used"), "used: exists"),
         (("--data", tiny_demo, "--image-size", "100"), "multiples of 32"),
+        (("--data", tiny_demo, "--steps", "0"), "--steps >= 1"),
+        (("--data", tiny_demo, "--seed", "-1"), "--seed >= 0"),
         (("--data", tiny_demo, "--device", "abacus"), "--device abacus: torch cannot use it"),
         (("--data", tiny_demo, "--a", "0.9", "--b", "0.8"), "--a < --b"),
         (("--data", tiny_demo, "--pretraining-images", "empty"), "empty: no images"),
@@ -197,8 +201,53 @@ def test_evaluate(run, run_script, tiny_demo):
     content = json.loads(html.split('<script id="data" type="application/json">')[1].split("</script>")[0])
     assert len(content["images"]) == 9 and sum("outline" in i for i in content["images"]) == 6
     assert all(i[key].startswith("data:image/") for i in content["images"] for key in ("input", "combined", "local", "global"))
-    assert "http" not in html.replace("http-equiv", "") and "@DATA@" not in html  # opens from disk, fetches nothing
+    assert "http" not in (ROOT / "assets/report.html").read_text() and "@DATA@" not in html  # opens from disk, fetches nothing
     assert not list(run.rglob("*.tmp*"))
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_evaluate_mvtec_layout(masks, run, run_script, tiny_demo, tmp_path):
+    """Types pooled for the overall row, AU-PRO; and a set without masks."""
+    for i, name in enumerate(("good/0", "good/1", "scratch/0", "dent/0", "dent/1")):
+        image = tmp_path / f"part/test/{name}.png"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        source = "good" if i < 2 else "structural_anomalies"
+        image.write_bytes((tiny_demo / f"test/{source}/{i % 3:03d}.png").read_bytes())
+        mask = tmp_path / f"part/ground_truth/{name}_mask.png"
+        if masks and i > 1:
+            mask.parent.mkdir(parents=True, exist_ok=True)
+            mask.write_bytes((tiny_demo / f"ground_truth/structural_anomalies/{i % 3:03d}/000.png").read_bytes())
+    (tmp_path / "part/train/good").mkdir(parents=True)
+    (tmp_path / "part/train/good/0.png").write_bytes(image.read_bytes())
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy/model.pt").write_bytes((run / "model.pt").read_bytes())
+    status, _, err = run_script("evaluate.py", "--run", "copy", "--data", "part", "--device", "cpu")
+    assert status == 0, err
+    results = json.loads((tmp_path / "copy/results.json").read_text())
+    assert set(results["types"]) == {"scratch", "dent"} and results["images"] == 3 and results["good_images"] == 2
+    weighted = (results["types"]["scratch"]["image_auroc"] + 2 * results["types"]["dent"]["image_auroc"]) / 3
+    assert results["image_auroc"] == pytest.approx(weighted)  # pooled
+    assert ("au_pro" in results) == masks == ("pixel_auroc" in results)
+    assert not masks or 0 <= results["au_pro"] == results["au_pro_by_limit"]["0.3"] <= 1
+
+
+def test_models_that_cannot_be_evaluated(run_script, tmp_path, tiny_demo):
+    (tmp_path / "raw").mkdir()
+    model = EfficientAD(image_size=(128, 128))
+    model.save(str(tmp_path / "raw/model.pt"))
+    status, _, err = run_script("evaluate.py", "--run", "raw", "--data", tiny_demo)
+    assert status == 2 and "not calibrated" in err and "Traceback" not in err
+    model.threshold.fill_(1.0)
+    model.save(str(tmp_path / "raw/model.pt"))
+    status, _, err = run_script("evaluate.py", "--run", "raw")
+    assert status == 2 and "name the category with --data" in err and "Traceback" not in err
+
+
+def test_resume_on_a_machine_without_the_device(run_script, tmp_path):
+    (tmp_path / "far").mkdir()
+    torch.save({"format": "efficientad-resume", "options": {"device": "abacus"}}, tmp_path / "far/resume.pt")
+    status, _, err = run_script("train.py", "--resume", "far")
+    assert status == 2 and "--device abacus: torch cannot use it" in err
 
 
 def test_score_a_folder(run, run_script, tmp_path):
@@ -285,6 +334,8 @@ def test_distill_errors(photos, run_script, tmp_path):
         (("--backbone", "resnet34"), "not the weights of resnet34"),
         (("--images", "nowhere"), "nowhere: no such folder"),
         (("--crops", "0.5", "0.2"), "0 < MIN <= MAX <= 1"),
+        (("--lr", "-1"), "--lr > 0"),
+        (("--seed", "-1"), "--seed >= 0"),
     ):
         status, _, err = run_script("distill.py", *photos, *options)
         assert status == 2 and message in err and "Traceback" not in err, err
