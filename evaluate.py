@@ -343,7 +343,7 @@ def evaluate_runs(folder: Path, runs: list[Path], args: argparse.Namespace) -> N
             if not isinstance(error, (DataError, ModelError, OSError)):
                 traceback.print_exc()
             failed[run.name] = str(error)
-    unfinished = sorted(d.name for d in folder.iterdir() if (d / "log.jsonl").exists() and not (d / "model.pt").exists())
+    unfinished = sorted(d.name for d in folder.iterdir() if d.is_dir() and not (d / "model.pt").exists())
     failed |= dict.fromkeys(unfinished, "not trained to the end")
 
     try:
