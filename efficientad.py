@@ -21,8 +21,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+try:  # Triton kernels beside this file; optional
+    from kernels import combined_map, conv_relu_pool, distance_map, runs_on
+    from kernels import hard_feature_loss as hard_feature_loss_kernel
+    from kernels import quantile as quantile_kernel
+except Exception:  # not there, or a foreign package of that name: whatever it raises, plain torch does the same
+
+    def runs_on(*tensors):
+        return False
+
+
 CHANNELS = 384  # C, the teacher's output channels
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+KERNELS = os.environ.get("EFFICIENTAD_KERNELS") != "0"
 
 
 class ModelError(ValueError):
@@ -37,6 +48,14 @@ def pick_device(name: str | None = None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ModelError(f"--device {name}: torch cannot use it on this machine; try --device cpu") from None
     return device
+
+
+def use_kernels(*tensors: Tensor) -> bool:
+    """The one rule: kernels run where they are there and wanted (EFFICIENTAD_KERNELS is not 0), on GPU tensors that need no
+    gradient, unless a graph is being exported. Their results differ from plain torch's by rounding alone."""
+    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return KERNELS and runs_on(*tensors) and not exporting and not gradient and all(t.dtype != torch.float64 for t in tensors)
 
 
 # ---------------------------------------------------------------------------------------------------------------- networks
@@ -66,9 +85,20 @@ class PDN(nn.Sequential):
             layers += [nn.ReLU(), nn.Conv2d(channels, channels, 1)]
         super().__init__(*layers)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self[-1](self.hidden(x))
+
     def hidden(self, x: Tensor) -> Tensor:
         """The input of the last layer."""
-        for layer in list(self)[:-1]:
+        layers = list(self)[:-1]
+        for convolution, relu, pool in (layers[:3], layers[3:6]):
+            device, weight, bias = x.device.type, convolution.weight, convolution.bias
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+            if dtype != torch.float32 and use_kernels(x, weight, bias):  # in float32 torch's convolution is the faster one
+                x = conv_relu_pool(x.to(dtype), weight.to(dtype), bias, convolution.padding[0], pool.padding)
+            else:
+                x = pool(relu(convolution(x)))
+        for layer in layers[6:]:
             x = layer(x)
         return x
 
@@ -109,6 +139,8 @@ def quantile(x: Tensor, q: float) -> Tensor:
     x, n = x.detach().flatten(), x.numel()
     if not 0 <= q <= 1 or n == 0:
         raise ValueError(f"quantile needs 0 <= q <= 1 and at least one element, got q = {q} of {n} elements")
+    if x.dtype == torch.float32 and use_kernels(x):
+        return quantile_kernel(x, q)
     position = q * (n - 1)
     low = math.floor(position)
     value = x.kthvalue(low + 1).values
@@ -145,6 +177,8 @@ def channel_statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
 def hard_feature_loss(teacher: Tensor, student: Tensor, p_hard: float = 0.999) -> Tensor:
     """L_hard (section 3.2): mean of the squared differences that are at least as large as their p_hard-quantile, taken over
     all elements of the batch. p_hard = 0 is the plain student–teacher loss. No gradient flows through the quantile."""
+    if not teacher.requires_grad and use_kernels(teacher, student.detach()):  # the kernel has its own gradient for the student
+        return hard_feature_loss_kernel(teacher, student, p_hard)
     d = (teacher.float() - student.float()).square()
     hard = d >= quantile(d, p_hard)
     return (d * hard).sum() / hard.sum()
@@ -214,24 +248,34 @@ class EfficientAD(nn.Module):
         """Normalized images N×3×H×W -> the teacher's output N×384×h×w, (T − μ)/σ per channel."""
         return (self.teacher(x) - self.teacher_mean) / self.teacher_std
 
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The outputs of teacher (normalized, N×384×h×w), student (N×768×h×w) and autoencoder (N×384×h×w)."""
+        x = self.normalize(images)
+        return self.teacher_features(x), self.student(x), self.autoencoder(x)
+
     def raw_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Local and global anomaly map before normalization, each N×1×h×w: channel means of (T − S)² (section 3.2) and
         (A − S')² (section 3.3)."""
-        x = self.normalize(images)
-        student, student_ae = self.student(x).split(CHANNELS, 1)
-        local_map = (self.teacher_features(x) - student).float().square().mean(1, keepdim=True)
-        global_map = (self.autoencoder(x) - student_ae).float().square().mean(1, keepdim=True)
+        teacher, student, autoencoder = self.features(images)
+        student, student_ae = student.split(CHANNELS, 1)
+        if use_kernels(teacher, student, autoencoder):
+            return distance_map(teacher, student), distance_map(autoencoder, student_ae)
+        local_map = (teacher - student).float().square().mean(1, keepdim=True)
+        global_map = (autoencoder - student_ae).float().square().mean(1, keepdim=True)
         return local_map, global_map
 
     def normalize_maps(self, local_map: Tensor, global_map: Tensor) -> tuple[Tensor, Tensor]:
         """Raw maps N×1×h×w -> normalized (section 3.4: q_a becomes 0, q_b 0.1) and resized to the image, each N×1×H×W."""
         maps = []
         for m, (q_a, q_b) in zip((local_map, global_map), self.quantiles):
-            m = 0.1 * (m - q_a) / (q_b - q_a)
-            if not self.padding:
-                m = F.pad(m, (4, 4, 4, 4))
-            maps.append(F.interpolate(m, self.image_size, mode="bilinear"))
+            maps.append(self.resize(0.1 * (m - q_a) / (q_b - q_a)))
         return maps[0], maps[1]
+
+    def resize(self, m: Tensor) -> Tensor:
+        """Normalized map N×1×h×w -> N×1×H×W, the image's size."""
+        if not self.padding:
+            m = F.pad(m, (4, 4, 4, 4))
+        return F.interpolate(m, self.image_size, mode="bilinear")
 
     def maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Local and global anomaly map, normalized and resized, each N×1×H×W. The combined map is their mean."""
@@ -239,6 +283,9 @@ class EfficientAD(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """RGB N×3×H×W, uint8 0–255 or float 0–1 -> combined anomaly map N×1×H×W and anomaly score N, its maximum."""
+        if use_kernels(images, *self.parameters()):
+            m = self.resize(combined_map(*self.features(images), self.quantiles))  # linear: one resize serves both maps
+            return m, m.amax((1, 2, 3))
         return self.combine(*self.maps(images))
 
     @staticmethod

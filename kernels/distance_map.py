@@ -15,7 +15,8 @@ from torch import Tensor
 from .triton_or_not import cdiv, jit, runs_on, tl
 
 # A program takes BLOCK_W positions of a row and goes through the channels in steps of BLOCK_C: the longer side is the one that
-# is contiguous in memory. 16 positions give 224 programs for one 56² map, more than an H200's 132 multiprocessors.
+# is contiguous in memory. 16 positions give 224 programs for one 56² map, more than an H200's 132 multiprocessors. The loop over
+# the channels is not unrolled: unrolled, the loads of the channels-first form spill.
 CONFIGS = {
     "channels last": {"BLOCK_W": 16, "BLOCK_C": 128, "num_warps": 4},
     "channels first": {"BLOCK_W": 64, "BLOCK_C": 32, "num_warps": 4},
@@ -41,7 +42,7 @@ def distance(a_ptr, a_stride, b_ptr, b_stride, n, h, w, W, C: tl.constexpr, BLOC
     total = tl.zeros((w.shape[0], BLOCK_C), tl.float32)
     a_ptr += n.to(tl.int64) * a_stride[0] + h * a_stride[2]
     b_ptr += n.to(tl.int64) * b_stride[0] + h * b_stride[2]
-    for start in tl.static_range(0, C, BLOCK_C):
+    for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)[None, :]
         inside = (c < C) & (w[:, None] < W)
         a = tl.load(a_ptr + c * a_stride[1] + w[:, None] * a_stride[3], mask=inside, other=0).to(tl.float32)
