@@ -22,7 +22,6 @@ FORMATS = [torch.contiguous_format, torch.channels_last]
 
 @pytest.fixture(autouse=True)
 def strict():
-    torch.backends.fp32_precision = "ieee"
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(7, device=DEVICE).isnan().all()
@@ -51,6 +50,8 @@ REAL = [(n, c, o, size, size, 3 * p, p) for n in (1, 16) for p in (0, 1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n, c, o, h, w, padding, pool_padding", SMALL + (REAL if GPU else []))
 def test_conv_relu_pool(n, c, o, h, w, padding, pool_padding, dtype):
+    if dtype == torch.float32 and c >= 64 and not GPU:
+        c //= 16  # float32 has one configuration for every c, and small blocks: slow here
     x, weight, bias = noise(n, c, h, w, dtype=dtype), noise(o, c, 4, 4, dtype=dtype) / (4 * math.sqrt(c)), noise(o, dtype=dtype)
     y = kernels.conv_relu_pool(x, weight, bias, padding, pool_padding)
     assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
@@ -73,7 +74,7 @@ def test_conv_relu_pool_reads_any_layout():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("n, c, h, w", [(1, 1, 1, 1), (2, 5, 3, 17), (1, 130, 20, 1), (3, 33, 2, 65), *([(16, 384, 56, 56)] * GPU)])
+@pytest.mark.parametrize("n, c, h, w", [(1, 1, 1, 1), (2, 5, 3, 17), (1, 130, 20, 1), (1, 33, 2, 65), *([(16, 384, 56, 56)] * GPU)])
 def test_maps(n, c, h, w, layout, dtype):
     teacher, autoencoder = noise(n, c, h, w, dtype=dtype, layout=layout), noise(n, c, h, w, dtype=dtype)
     student = noise(n, 2 * c, h, w, dtype=dtype, layout=layout)
@@ -83,7 +84,6 @@ def test_maps(n, c, h, w, layout, dtype):
     for a, b, reference in ((teacher, halves[0], maps[0]), (autoencoder, halves[1], maps[1])):
         d = kernels.distance_map(a, b)
         assert d.dtype == torch.float32 and d.shape == (n, 1, h, w) and rms_error(d, reference) < 1e-6  # inputs are exact
-        assert torch.equal(kernels.distance_map(a.mT, b.mT), d.mT)  # other strides
     maps = [0.1 * (m - q[0]) / (q[1] - q[0]) for m, q in zip(maps, quantiles.double())]
     expected = torch.cat([(maps[0] + maps[1]) / 2, *maps], 1)
     combined = kernels.combined_map(teacher, student, autoencoder, quantiles)
@@ -93,6 +93,15 @@ def test_maps(n, c, h, w, layout, dtype):
         assert rms_error(singles[:, i], expected[:, i]) < 2e-6  # the normalization subtracts q_a
 
 
+def test_maps_of_any_strides():
+    a, b = noise(2, 6, 3, 17), noise(2, 6, 3, 17)
+    d = kernels.distance_map(a, b)
+    for c in (a.to(memory_format=torch.channels_last), a.mT.contiguous().mT):
+        assert rms_error(kernels.distance_map(c, b), d) < 1e-6
+    part = kernels.distance_map(a[:, ::2, 1:, ::3], b[:, ::2, 1:, ::3])
+    assert torch.equal(part, kernels.distance_map(a[:, ::2], b[:, ::2])[..., 1:, ::3])
+
+
 def test_maps_of_mixed_types():
     a, b = noise(2, 6, 3, 4), noise(2, 6, 3, 4, dtype=torch.float16)
     assert rms_error(kernels.distance_map(a, b), (a.double() - b.double()).square().mean(1, keepdim=True)) < 1e-6
@@ -100,7 +109,7 @@ def test_maps_of_mixed_types():
 
 # --------------------------------------------------------------------------------------------------------------- quantile
 
-QS = [0, 0.1, 0.5, 0.9, 0.995, 0.999, 1]
+QS = [0.1, 0.9, 0.995]
 
 
 def kinds(n):
@@ -114,10 +123,12 @@ def kinds(n):
     yield "infinite", torch.where(x > 1.2, math.inf, torch.where(x < -1.2, -math.inf, x))
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 100, 2047, 2049, 5001, *([1_204_224, 20_000_003] * GPU)])
+@pytest.mark.parametrize("n", [1, 2, 3, 100, 2049, 5001, *([1_204_224, 20_000_003] * GPU)])
 def test_quantile(n):
     for kind, x in kinds(n):
         x = x.to(DEVICE)
+        if kind == "normal":
+            assert torch.equal(kernels.quantile(x, [0, 1]), torch.stack([x.min(), x.max()]))
         ordered, values = x.sort().values, kernels.quantile(x, QS)
         for q, value in zip(QS, values):
             position = q * (n - 1)
@@ -201,34 +212,69 @@ def test_rule(monkeypatch):
     assert not efficientad.use_kernels(x)
 
 
-@pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("padding", [False, True])
-def test_model_with_and_without_kernels(padding, half, monkeypatch):
-    """The same model, statistics, maps, scores, losses and gradients; a difference of rounding, and not of more."""
-    model = efficientad.EfficientAD(image_size=(128, 128), padding=padding).to(DEVICE).eval()
-    images = torch.randint(256, (2, 3, 128, 128), dtype=torch.uint8, device=DEVICE)
-    called, results = [], {}
+@pytest.fixture
+def few_programs(monkeypatch):
+    """Larger blocks than a GPU's: the interpreter's time goes with the number of programs."""
+    if not GPU:
+        names = ("conv_relu_pool", "distance_map", "quantile", "hard_feature_loss")
+        module = {name: sys.modules[f"kernels.{name}"] for name in names}
+        monkeypatch.setitem(module["conv_relu_pool"].CONFIGS["first"], "BLOCK_P", 1024)
+        monkeypatch.setitem(module["conv_relu_pool"].CONFIGS["second"], "BLOCK_P", 1024)
+        monkeypatch.setitem(module["distance_map"].CONFIGS["channels first"], "BLOCK_C", 512)
+        monkeypatch.setitem(module["distance_map"].CONFIGS["channels last"], "BLOCK_C", 512)
+        monkeypatch.setitem(module["quantile"].CONFIG, "BLOCK", 65536)
+        monkeypatch.setitem(module["hard_feature_loss"].CONFIG, "BLOCK", 65536)
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """The names of the kernels that efficientad.py calls, as it does."""
+    names = []
     for name in ("combined_map", "conv_relu_pool", "distance_map", "hard_feature_loss_kernel", "quantile_kernel"):
         kernel = getattr(efficientad, name)
-        monkeypatch.setattr(efficientad, name, lambda *a, kernel=kernel, name=name: (called.append(name), kernel(*a))[1])
+        monkeypatch.setattr(efficientad, name, lambda *a, kernel=kernel, name=name: (names.append(name), kernel(*a))[1])
+    return names
+
+
+def test_model_with_and_without_kernels(few_programs, called, monkeypatch):
+    """The same model: raw maps, quantiles, map, score, loss and gradient differ by rounding and by no more."""
+    model = efficientad.EfficientAD(image_size=(128, 128)).to(DEVICE).eval()
+    images = torch.randint(256, (1, 3, 128, 128), dtype=torch.uint8, device=DEVICE)
+    results = {}
     for on in (True, False):
         monkeypatch.setattr(efficientad, "KERNELS", on)
         called.clear()
-        with torch.autocast(DEVICE, torch.float16, enabled=half):
-            with torch.no_grad():
-                maps = model.raw_maps(images)
-            model.calibrate([images], 0.5, 0.9)
-            with torch.no_grad():
-                m, score = model(images)
-            loss = model.losses(images[:1], images[:1], None, 0.9)["hard"]
-        model.student[-1].weight.grad = None
-        loss.backward()
-        used = {"combined_map", "distance_map", "hard_feature_loss_kernel", "quantile_kernel"} | ({"conv_relu_pool"} if half else set())
+        model.calibrate([images], 0.5, 0.9)
+        with torch.no_grad():
+            results[on] = [*model.raw_maps(images), model.quantiles.clone(), *model(images)]
+        loss = model.losses(images, images, None, 0.9)["hard"]
+        results[on] += torch.autograd.grad(loss, model.student[-1].weight) + (loss.detach(),)
+        used = {"combined_map", "distance_map", "hard_feature_loss_kernel", "quantile_kernel"}
         assert set(called) == (used if on else set())
-        results[on] = [*maps, model.quantiles.clone(), m, score, loss.detach(), model.student[-1].weight.grad.clone()]
     for with_kernels, without in zip(results[True], results[False]):
         assert with_kernels.shape == without.shape
-        assert rms_error(with_kernels, without) < (1e-2 if half else 2e-5)
+        assert rms_error(with_kernels, without) < 2e-5  # q_b − q_a is small beside q_a in an untrained model
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("size", ["small", *["medium"] * GPU])
+def test_pdn_with_and_without_kernels(size, padding, dtype, called, monkeypatch):
+    """Under autocast, and with weights of the half type; in float32 and with gradients the kernel is not called."""
+    net, x = efficientad.PDN(size, padding=padding).to(DEVICE), noise(1, 3, *((10, 13) if padding else (34, 37)))
+    expected = net(x)
+    assert not called
+    with torch.no_grad():
+        with torch.autocast(DEVICE, dtype):
+            outputs = [net(x)]
+        outputs.append(net.to(dtype)(x.to(dtype)))
+    assert called == ["conv_relu_pool"] * 4
+    monkeypatch.setattr(efficientad, "KERNELS", False)
+    with torch.no_grad():
+        outputs.append(net(x.to(dtype)))
+    assert len(called) == 4
+    errors = [rms_error(y, expected) for y in outputs]  # without kernels the map before pooling is rounded too
+    assert max(errors[:2]) < 1.1 * errors[2] < 5 * BOUNDS[dtype]
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
