@@ -369,7 +369,7 @@ def load(run: Path, device: torch.device) -> EfficientAD:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     args.device = pick_device(args.device)
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # not TF32
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     run = Path(args.run) if args.run else newest_run()
     runs = [] if (run / "model.pt").exists() else sorted(path.parent for path in run.glob("*/model.pt"))
     if runs:

@@ -186,7 +186,7 @@ def random_gray(images: Tensor, probability: float = 0.3) -> Tensor:
 def train(args: argparse.Namespace) -> Path:
     """One run: the model of a category, in its run folder, which is returned. With args.resume the rest of a run."""
     device, size = torch.device(args.device), tuple(args.image_size)
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # fp32 means fp32, not TF32
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
 
     # Data: normal images only, a tenth of them (or the set's own validation images) held out for calibration.
     category = open_category(args.data)
