@@ -321,10 +321,10 @@ def draw_demo_image(rng: np.random.Generator, defect: str | None) -> tuple[Image
     elif defect == "misplaced" and rng.random() < 0.5:  # two parts have changed places
         i, j = rng.choice(4, 2, replace=False)
         parts[i][0], parts[j][0] = parts[j][0], parts[i][0]
-    elif defect == "misplaced":  # one part lies in the middle
-        i = int(rng.integers(4))
-        masks.append(_disc(*parts[i][1:], 26))
-        parts[i][1:] = 128, 128
+    elif defect == "misplaced":  # one part lies too far off, at most in the middle of the tray
+        (_, x, y), share = (part := parts[rng.integers(4)]), rng.uniform(0.2, 0.9)
+        masks.append(_disc(x, y, 26))
+        part[1:] = x + share * (128 - x), y + share * (128 - y)
     elif defect == "surplus":
         x, y = ((128, 128), (128, 70), (70, 128), (186, 128), (128, 186))[rng.integers(5)]
         parts.append([("nut", "washer", "gear")[rng.integers(3)], x, y])
@@ -430,25 +430,25 @@ def _damage(canvas: Image.Image, defect: str, rng: np.random.Generator) -> Image
             angle += rng.uniform(-0.35, 0.35)
             x, y = x + 18 * math.cos(angle), y + 18 * math.sin(angle)
             points.append((x, y))
-        width = int(rng.integers(9, 15))
+        width = int(rng.integers(6, 14))
         draw.line(points, fill=255, width=width, joint="curve")
-        canvas.paste((30, 40, 36), mask=mask.point(lambda v: v * 0.8))
+        canvas.paste((30, 40, 36), mask=mask.point(lambda v: v * 0.7))
         bright = Image.new("L", canvas.size)
-        ImageDraw.Draw(bright).line(points, fill=int(rng.integers(190, 256)), width=width // 2, joint="curve")
+        ImageDraw.Draw(bright).line(points, fill=int(rng.integers(120, 256)), width=width // 2, joint="curve")
         canvas.paste((206, 214, 208), mask=bright)
     elif defect == "stain":  # oil: soft, dark, translucent
         for _ in range(6):
-            r = rng.uniform(10, 24)
+            r = rng.uniform(8, 20)
             dx, dy = rng.uniform(-18, 18, 2)
             draw.ellipse([x + dx - r, y + dy - r, x + dx + r, y + dy + r], fill=255)
         mask = mask.filter(ImageFilter.GaussianBlur(3))
-        strength = rng.uniform(0.5, 0.75)
+        strength = rng.uniform(0.2, 0.7)
         canvas.paste((44, 34, 22), mask=mask.point(lambda v: v * strength))
     else:  # a chip of plastic or metal, or a fibre
         tint = [(214, 200, 60), (70, 120, 200), (222, 222, 226), (150, 80, 160)][rng.integers(4)]
         if rng.random() < 0.5:
             turns = (np.arange(6) + rng.uniform(-0.35, 0.35, 6)) * math.pi / 3
-            corners = [(x + rng.uniform(13, 22) * math.cos(t), y + rng.uniform(13, 22) * math.sin(t)) for t in turns]
+            corners = [(x + rng.uniform(7, 20) * math.cos(t), y + rng.uniform(7, 20) * math.sin(t)) for t in turns]
             draw.polygon(corners, fill=255)
         else:
             start = rng.uniform(0, 360)
