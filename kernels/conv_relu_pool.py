@@ -73,7 +73,8 @@ def conv_relu_pool_kernel(
         b = tl.load(weight_ptr + k[:, None] + o[None, :] * (16 * C), mask=o[None, :] < OUT, other=0)
         total = tl.dot(a, b, total, input_precision="ieee")
 
-    total = tl.maximum(total + tl.load(bias_ptr + o, mask=o < OUT, other=0).to(tl.float32), 0)
+    total += tl.load(bias_ptr + o, mask=o < OUT, other=0).to(tl.float32)
+    total = tl.maximum(total, 0, propagate_nan=tl.PropagateNan.ALL)  # as torch's ReLU: NaN must not pass for 0
     if POOL_PADDING > 0:
         total = tl.where(inside[:, None], total, 0)  # the pool's padding counts in the mean
     pooled = tl.sum(tl.reshape(total, (BLOCK_P, 4, BLOCK_O)), 1) * 0.25

@@ -69,6 +69,13 @@ def test_conv_relu_pool_reads_any_layout():
     assert torch.equal(kernels.conv_relu_pool(x.mT.contiguous().mT, weight.to(memory_format=torch.channels_last), bias), y)
 
 
+def test_conv_relu_pool_keeps_nan():
+    x, weight, bias = noise(1, 3, 9, 8, dtype=torch.float16), noise(5, 3, 4, 4, dtype=torch.float16), noise(5)
+    x[0, 0, 0, 0] = math.nan
+    y = kernels.conv_relu_pool(x, weight, bias)
+    assert y[0, :, 0, 0].isnan().all() and not y[0, :, 1:].isnan().any()
+
+
 # ----------------------------------------------------------------------------------------------------------- distance_map
 
 
