@@ -12,7 +12,6 @@ summary.json and summary.md.
 """
 
 import argparse
-import base64
 import copy
 import csv
 import io
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageChops, ImageDraw, ImageFilter
+from PIL import Image
 from tqdm import tqdm
 
 from data import Category, DataError, Sample, list_images, open_category, read_image, to_array
@@ -37,13 +36,21 @@ from metrics import (
     pixel_metrics,
     pro_curve,
     recall_at_fpr,
-    roc_curve,
     spro_curve,
 )
-from summary import QUANTILES, normalizations, summarize_runs
+from report import (
+    LOCALIZATION,
+    QUANTILES,
+    html_report,
+    normalizations,
+    overlay,
+    report_entry,
+    results_table,
+    summarize_runs,
+    table,
+)
 
 MAPS = ("combined", "local", "global")
-LOCALIZATION = {False: ("au_pro", "AU-PRO", "0.3"), True: ("au_spro", "AU-sPRO", "0.05")}  # LOCO? key, name, limit to report
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -78,45 +85,6 @@ def write(path: Path, content: str | bytes | Image.Image) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def table(rows: list[list[str]]) -> str:
-    """Rows (the first is the header) as aligned Markdown; all columns but the first to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths))) + " |" for r in rows]
-    return "\n".join([lines[0], "|" + "|".join(("-" * (w + 1) + ":") if i else "-" * (w + 2) for i, w in enumerate(widths)) + "|",
-                      *lines[1:]])  # fmt: skip
-
-
-def heat(values: np.ndarray) -> np.ndarray:
-    """Map in 0–1 (h×w) -> RGB uint8 h×w×3: black, violet, red, yellow, white. Outside it is clipped."""
-    stops = np.array([[0, 0, 0], [70, 20, 110], [200, 40, 60], [250, 170, 30], [255, 255, 220]], float)
-    position = np.clip(values, 0, 1) * (len(stops) - 1)
-    return np.stack([np.interp(position, range(len(stops)), stops[:, c]) for c in range(3)], -1).astype(np.uint8)
-
-
-def overlay(image: Image.Image, mask: np.ndarray | None, maps: dict[str, np.ndarray], threshold: float) -> Image.Image:
-    """One row: input, mask (if given), and the input under each map's heat colours, on one scale for every picture of a run: from
-    0 (q_a) to twice the threshold, so that the threshold is in the middle."""
-    side, score = 256, maps["combined"].max()
-    size = (side, max(1, round(side * image.height / image.width)))
-    image = image.resize(size, Image.Resampling.BILINEAR)
-    panels = [("input", image)]
-    if mask is not None:
-        panels.append(("mask", Image.fromarray(mask).convert("RGB").resize(size)))
-    for name, values in maps.items():
-        values = np.asarray(Image.fromarray(values.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
-        scale = values / (2 * max(threshold, 1e-6))
-        weight = np.clip(scale * 2, 0, 0.8)[..., None]
-        panels.append((name, Image.fromarray((np.asarray(image) * (1 - weight) + heat(scale) * weight).astype(np.uint8))))
-    sheet = Image.new("RGB", (len(panels) * (side + 4) - 4, size[1] + 18), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (name, panel) in enumerate(panels):
-        sheet.paste(panel, (i * (side + 4), 18))
-        if name == "combined":
-            name = f"combined: score {score:.3f} {'>' if score > threshold else '<='} threshold {threshold:.3f}"
-        draw.text((i * (side + 4) + 4, 3), name, "black")
-    return sheet
-
-
 def to_tensor(image: Image.Image, size: tuple[int, int], device: torch.device) -> torch.Tensor:
     return torch.from_numpy(to_array(image, size))[None].to(device, memory_format=torch.channels_last)
 
@@ -129,31 +97,6 @@ def predict(model: EfficientAD, path: Path, device: torch.device) -> tuple[Image
     combined_map, _ = model.combine(local_map, global_map)
     maps = {name: m[0, 0].cpu().numpy() for name, m in zip(MAPS, (combined_map, local_map, global_map))}
     return image, maps, {name: float(m.max()) for name, m in maps.items()}
-
-
-def data_uri(image: Image.Image, kind: str) -> str:
-    stream = io.BytesIO()
-    image.save(stream, kind, quality=80)
-    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
-
-
-def report_entry(name: str, image: Image.Image, mask: np.ndarray, maps: dict[str, np.ndarray], threshold: float) -> dict:
-    """A test image in the report: its input as JPEG, its maps as translucent 64-pixel PNGs (the browser enlarges them), on the
-    scale of `overlay`, and the outline of its mask. About 25 KB."""
-    size = (240, max(1, round(240 * image.height / image.width)))
-    entry = {"name": name, "score": float(maps["combined"].max()), "input": data_uri(image.resize(size), "jpeg")}
-    for key, values in maps.items():
-        small = Image.fromarray(values.astype(np.float32)).resize((64, max(1, 64 * size[1] // size[0])), Image.Resampling.BOX)
-        scale = np.asarray(small) / (2 * max(threshold, 1e-6))
-        alpha = (255 * np.clip(scale * 2, 0, 0.8)).astype(np.uint8)
-        entry[key] = data_uri(Image.fromarray(np.dstack([heat(scale), alpha])), "png")
-    if mask.any():
-        inside = Image.fromarray(mask).convert("L").resize(size, Image.Resampling.BILINEAR).point(lambda v: 255 if v > 127 else 0)
-        edge = ImageChops.difference(inside.filter(ImageFilter.MaxFilter(3)), inside)
-        outline = Image.new("RGBA", size)
-        outline.paste((90, 255, 255, 255), mask=edge)
-        entry["outline"] = data_uri(outline.quantize(4), "png")
-    return entry
 
 
 def csv_text(header: list[str], rows: list[list]) -> str:
@@ -216,31 +159,6 @@ def localization(maps: list[np.ndarray], samples: list[Sample], category: Catego
         whole = curve({*types, "good"})
         areas["overall"] = {str(limit): area_under_curve(*whole, limit) for limit in limits}
     return areas, curves
-
-
-def results_table(results: dict) -> list[list[str]]:
-    columns = {"image_auroc": "image AU-ROC", "image_auroc_local": "local only", "image_auroc_global": "global only",
-               "image_ap": "AP", "detected": "above threshold"}  # fmt: skip
-    columns |= {key: f"{name} {limit}" for key, name, limit in LOCALIZATION.values() if key in results}
-    rows = [[results["category"], "images", *columns.values()]]
-    for name, entry in {**results["types"], "overall": results}.items():
-        rows.append([name, str(entry["images"]), *(f"{100 * entry[c]:.1f}" for c in columns)])
-    good = {"detected": f"{100 * results['false_alarms']:.1f}"}
-    rows.append(["good", str(results["good_images"]), *(good.get(c, "") for c in columns)])
-    return rows
-
-
-def report(results: dict, run: str, rows: list[list[str]], entries: list[dict], curves: dict) -> str:
-    """report.html: one file that needs nothing else. `entries` are report_entry's, with their "defect"."""
-    scores = {d: [e["score"] for e in entries if e["defect"] == d] for d in ["good", *results["types"]]}
-    roc = {t: list(zip(*(v.round(4).tolist() for v in roc_curve(scores["good"], scores[t])))) for t in results["types"]}
-    _, name, limit = LOCALIZATION["au_spro" in results]
-    grid = float(limit) * np.linspace(0, 1, 150) ** 2  # curves have up to millions of points
-    pro = {t: [[round(x, 5), round(float(np.interp(x, *c)), 4)] for x in grid.tolist()] for t, c in curves.items()}
-    content = {"category": results["category"], "threshold": results["threshold"], "run": run, "table": rows, "roc": roc,
-               "pro": pro, "pro_name": name, "pro_limit": float(limit), "images": entries}  # fmt: skip
-    template = (Path(__file__).parent / "assets/report.html").read_text(encoding="utf-8")
-    return template.replace("@DATA@", json.dumps(content).replace("<", "\\u003c"))
 
 
 @torch.no_grad()
@@ -315,7 +233,7 @@ def evaluate(run: Path, model: EfficientAD, args: argparse.Namespace) -> dict:
     cells = results_table(results)
     write(run / "results.md", table(cells) + "\n")
     origin = ", ".join(f"{k} {v}" for k, v in info.items() if k != "category")
-    write(run / "report.html", report(results, origin, cells, entries, curves))
+    write(run / "report.html", html_report(results, origin, cells, entries, curves))
     write(run / "results.json", json.dumps(results, indent=1) + "\n")  # last: with it the evaluation counts as done
     print(table(cells))
     print(f"percent; the threshold {threshold:.4f} is the highest score of the validation images")

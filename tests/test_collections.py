@@ -12,7 +12,7 @@ import torch
 import data
 import train
 from data import DataError, draw_demo_image, list_categories
-from summary import ABLATION, collection_rows, normalizations, spread, summarize_collection, summarize_runs
+from report import ABLATION, collection_rows, normalizations, spread, summarize_collection, summarize_runs
 
 LOCO = {"train/good": 3, "validation/good": 1, "test/good": 2, "test/logical_anomalies": 2, "test/structural_anomalies": 2}
 
