@@ -3,8 +3,11 @@
     python distill.py --images imagenet/train --backbone-weights wide_resnet101_2-32ee1156.pth      # the paper's teacher
     python distill.py --images photos --backbone resnet18 --backbone-weights resnet18.pth \\
         --image-size 128 --crops 0.1 0.7 --steps 2000 --lr 1e-3 --schedule cosine                   # a quick one
+    torchrun --nproc-per-node 8 distill.py ...                                                      # the same on eight GPUs
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 distill.py ...   # on each of two hosts
 
 The backbone sees the image at twice the PDN's size, so that its layer 2 has the PDN's output grid (512² and 256² give 64²).
+Under torchrun each process takes its share of every batch, so that any number of them learns the same; the first one writes.
 """
 
 import argparse
@@ -19,9 +22,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from backbone import ARCHITECTURES, PatchFeatures, ResNet, WeightsError, load_weights
@@ -114,9 +118,19 @@ class Targets:
 
 def normalize(images: torch.Tensor, device: torch.device) -> torch.Tensor:
     """uint8 N×3×H×W -> float32 with ImageNet's mean and standard deviation, channels last, on `device`."""
-    x = images.to(device, memory_format=torch.channels_last).float() / 255
+    x = images.to(device, memory_format=torch.channels_last, non_blocking=True).float() / 255
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (x - mean) / std
+
+
+def merged_statistics(mean: torch.Tensor, std: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every process's mean and standard deviation (1×C×1×1) of so many images -> those of all images together."""
+    shares = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, (mean.double(), std.double(), count))
+    total = sum(n for *_, n in shares)
+    mean = sum(m * n for m, _, n in shares) / total
+    variance = sum((s.square() + (m - mean).square()) * n for m, s, n in shares) / total
+    return mean.float(), variance.sqrt().float()
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -144,7 +158,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                    " flips; without it the whole photo, as in the paper")
     p.add_argument("--views", type=int, default=0, help="different views of a photo; 0 (default): a new one every epoch")
     p.add_argument("--statistics-images", type=int, default=10000, help="views that normalize the features (default 10000)")
-    p.add_argument("--cache-gib", type=float, default=8, help="memory bound, each, for decoded photos and for target features")
+    p.add_argument("--cache-gib", type=float, default=8, help="memory bound of a host, each, for decoded photos and for"
+                   " target features")
     p.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
     p.add_argument("--device", help="cuda or cpu; default cuda if there is one")
     p.add_argument("--seed", type=int, default=0)
@@ -152,7 +167,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--checkpoint-every", type=int, default=500, metavar="STEPS")
     p.add_argument("--resume", action="store_true", help="go on from FILE.resume, with the same options")
     args = p.parse_args(argv)
+    rank, world, local_rank, local_world = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))  # torchrun sets these
+    )
+    args.rank, args.world = rank, world
     args.device = pick_device(args.device)
+    if args.device.type == "cuda" and world > 1:
+        args.device = pick_device(f"cuda:{local_rank}")
     args.out = Path(args.out or f"runs/distill-{args.size}/teacher_{args.size}.pt")
     if args.image_size % 32 or args.image_size < 32:
         p.error("--image-size must be a multiple of 32")
@@ -160,7 +182,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         p.error("--steps, --batch-size, --statistics-images and --checkpoint-every must be at least 1")
     if not args.lr > 0 or args.views < 0 or args.seed < 0:
         p.error("need --lr > 0, --views >= 0 and --seed >= 0")
-    args.workers = 0 if args.device.type == "cpu" else max(1, min(12, (os.cpu_count() or 1) - 2))
+    if args.batch_size % world or args.statistics_images < world:
+        p.error(f"--batch-size must be a multiple of the {world} processes, and --statistics-images at least as many")
+    args.workers = 0 if args.device.type == "cpu" else max(1, min(12, ((os.cpu_count() or 1) - 2) // local_world))
+    args.cache_gib /= local_world
     if args.crops and not 0 < args.crops[0] <= args.crops[1] <= 1:
         p.error("--crops needs 0 < MIN <= MAX <= 1")
     if args.out.exists():
@@ -170,9 +195,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    device, resume_file = args.device, Path(f"{args.out}.resume")
+    device, rank, world, resume_file = args.device, args.rank, args.world, Path(f"{args.out}.resume")
+    if world > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
+    torch.backends.cudnn.benchmark = True  # of one shape, many steps
 
     # Photos: every 40th is held out, at most 64, to measure the loss on photos that the teacher has not seen.
     paths = [path for folder in args.images for path in list_images(folder, recursive=True)]
@@ -187,10 +217,10 @@ def main(argv: list[str] | None = None) -> None:
     features = PatchFeatures(trunk).to(device, memory_format=torch.channels_last)
     targets = Targets(features, len(paths) * args.views, args)
     pdn = PDN(args.size, padding=True).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(pdn.parameters(), lr=args.lr, weight_decay=1e-5)
+    optimizer = torch.optim.Adam(pdn.parameters(), lr=args.lr, weight_decay=1e-5, fused=True)
 
     # Feature statistics, or the state of an interrupted run.
-    indifferent = ("device", "resume", "out", "checkpoint_every", "cache_gib", "workers")
+    indifferent = ("device", "resume", "out", "checkpoint_every", "cache_gib", "workers", "rank", "world")
     options = {k: v for k, v in vars(args).items() if k not in indifferent}
     start = 0
     if args.resume:
@@ -201,47 +231,63 @@ def main(argv: list[str] | None = None) -> None:
         pdn.load_state_dict(state["pdn"])
         optimizer.load_state_dict(state["optimizer"])
     else:
-        n = min(args.statistics_images, len(paths))  # the first n views: n different photos
-        loader = DataLoader(torch.utils.data.Subset(views, range(n)), args.batch_size)
-        progress = tqdm(loader, "feature statistics", unit="batch")
+        share = range(min(args.statistics_images, len(paths)))[rank::world]  # of the first views: as many different photos
+        if not share:
+            raise DataError(f"{args.images[0]}: {len(paths)} photos are too few for {world} processes")
+        loader = DataLoader(Subset(views, share), args.batch_size // world, num_workers=args.workers)
+        progress = tqdm(loader, "feature statistics", unit="batch", disable=rank > 0)
         targets.mean, targets.std = (s.cpu() for s in channel_statistics(targets.raw(large) for _, _, large in progress))
+        if world > 1:
+            targets.mean, targets.std = merged_statistics(targets.mean, targets.std, len(share))
+    network = torch.nn.parallel.DistributedDataParallel(pdn) if world > 1 else pdn
 
     def save(step: int) -> None:
         state = {"step": step, "options": options, "mean": targets.mean, "std": targets.std}
         write_checkpoint(state | {"pdn": pdn.state_dict(), "optimizer": optimizer.state_dict()}, str(resume_file))
 
     # Training.
-    todo = torch.utils.data.Subset(views, range(start * args.batch_size, len(views)))
-    loader = DataLoader(todo, args.batch_size, num_workers=args.workers, pin_memory=args.workers > 0)
-    log = open(args.out.with_suffix(".jsonl"), "a" if args.resume else "w", encoding="utf-8")
+    share = args.batch_size // world  # of every batch
+    todo = [i for i in range(start * args.batch_size, len(views)) if i % args.batch_size // share == rank]
+    loader = DataLoader(Subset(views, todo), share, num_workers=args.workers, pin_memory=args.workers > 0)
+    log = open(os.devnull if rank else args.out.with_suffix(".jsonl"), "a" if args.resume else "w", encoding="utf-8")
     stop = []  # Ctrl-C ends the run after the step at hand; a second one at once
     previous = signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)))
-    started, running = time.time(), None
-    bar = tqdm(loader, f"distilling {args.size}", initial=start, total=args.steps, unit="step", mininterval=1)
+    started, running, stopping = time.time(), None, False
+    bar = tqdm(loader, f"distilling {args.size}", initial=start, total=args.steps, unit="step", mininterval=1,
+               disable=rank > 0)  # fmt: skip
     for step, (keys, small, large) in enumerate(bar, start):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         target = targets(keys, large)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            output = pdn(normalize(small, device))
+            output = network(normalize(small, device))
         loss = F.mse_loss(output.float(), target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if step % 20 == 0 or step == args.steps - 1:
-            value = loss.item()
+            news = torch.stack([loss.detach(), torch.tensor(len(stop), device=device)])
+            if world > 1:
+                dist.all_reduce(news)  # all stop at the same step
+            value, stopping = news[0].item() / world, bool(news[1])
             if not math.isfinite(value):
                 raise ModelError(f"{args.out}: step {step}: the loss is not finite; lower --lr and start again")
             running = value if running is None else 0.9 * running + 0.1 * value
             bar.set_postfix(loss=f"{running:.4f}")
             entry = {"step": step, "loss": value, "lr": learning_rate(step, args), "seconds": time.time() - started}
             print(json.dumps(entry), file=log, flush=True)
-        if stop or ((step + 1) % args.checkpoint_every == 0 and step + 1 < args.steps):
+        if world == 1:
+            stopping = bool(stop)
+        if rank == 0 and (stopping or ((step + 1) % args.checkpoint_every == 0 and step + 1 < args.steps)):
             save(step + 1)
-        if stop:
+        if stopping:
             print(f"\ninterrupted after {step + 1} steps; go on with the same command and --resume", file=sys.stderr)
             raise SystemExit(130)
     signal.signal(signal.SIGINT, previous)
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return
 
     # The loss on photos that were held out, and the teacher in half precision.
     result = {"step": args.steps, "seconds": time.time() - started}

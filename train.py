@@ -19,6 +19,8 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -28,10 +30,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import DataError, Images, PhotographCrops, list_categories, list_images, open_category
-from efficientad import EfficientAD, ModelError, check_image_size, pick_device, read_checkpoint, write_checkpoint
+from efficientad import (
+    CHANNELS,
+    EfficientAD,
+    Graphed,
+    ModelError,
+    check_image_size,
+    cpu_has_bf16,
+    pick_device,
+    read_checkpoint,
+    write_checkpoint,
+)
 
 PAPER_STEPS, CPU_STEPS = 70000, 1500
 PAPER_LR, SHORT_LR = 1e-4, 3e-4  # for runs below 10,000 steps: learned faster on bottle
+KEPT_BYTES = 2 * 2**30  # on the device, each: decoded training images, and the teacher's outputs for them
 ABLATION = {  # the distinct trainings behind tables 3 to 5; rows about map normalization only calibrate one of them anew
     "default": {},
     "p_hard-0": {"p_hard": 0.0},
@@ -118,8 +131,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.ablation and (given.keys() & {"p_hard", "a", "b", "map_normalization"} or args.pretraining_images == "none"):
         p.error("--ablation chooses --p-hard, --a, --b, --map-normalization and --pretraining-images none by itself")
     if args.precision == "auto":
-        cuda = args.device.startswith("cuda")
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_avx512_bf16_supported()
+        device = torch.device(args.device)
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bf16(device)
         args.precision = "bf16" if bf16 else "fp32"
     args.teacher = args.teacher or str(Path(__file__).parent / "weights" / f"teacher_{args.size}.pt")
     if not Path(args.teacher).exists():
@@ -152,41 +165,119 @@ def permutation(n: int, *seed: int) -> np.ndarray:
 
 
 def shuffled(images, step: int, batch_size: int, *seed: int) -> Tensor:
-    """The batch of step `step` in an endless reshuffled order, uint8 N×3×H×W: each epoch visits every image once."""
+    """The batch of step `step` in an endless reshuffled order: each epoch visits every image once. `images` is anything that gives
+    an array or tensor for an index; uint8 3×H×W makes N×3×H×W."""
     batch = []
     for i in range(step * batch_size, (step + 1) * batch_size):
         epoch, position = divmod(i, len(images))
-        batch.append(torch.from_numpy(images[int(permutation(len(images), *seed, epoch)[position])]))
-    return torch.stack(batch)
+        batch.append(images[int(permutation(len(images), *seed, epoch)[position])])
+    if isinstance(batch[0], Tensor):
+        return torch.stack(batch)
+    return torch.from_numpy(np.stack(batch))  # by numpy: torch would start threads of its own in each one that decodes
+
+
+def ahead(function: Callable, arguments: range, threads: int = 4) -> Iterator:
+    """function(i) for each i in turn, computed by threads a little before it is wanted."""
+    with ThreadPoolExecutor(threads) as pool:
+        pending = [pool.submit(function, i) for i in arguments[: 2 * threads]]
+        for i in arguments:
+            yield pending.pop(0).result()
+            if i + 2 * threads < arguments.stop:
+                pending.append(pool.submit(function, i + 2 * threads))
 
 
 def luma(images: Tensor) -> Tensor:
     """float N×3×H×W -> N×1×H×W, ITU-R 601."""
-    return (images * images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    r, g, b = images.split(1, 1)
+    return 0.299 * r + 0.587 * g + 0.114 * b
 
 
-def augment(images: Tensor) -> Tensor:
-    """J: brightness, contrast or saturation of each image (uint8 N×3×H×W), chosen at random, times a factor uniform in
-    [0.8, 1.2]. float N×3×H×W in 0–1. Draws from torch's CPU generator."""
-    images, n = images.float() / 255, len(images)
-    factor = torch.empty(n, 1, 1, 1).uniform_(0.8, 1.2).to(images.device)
-    choice = torch.randint(3, (n, 1, 1, 1)).to(images.device)
+def draw(n: int, gray_probability: float = 0.3) -> Tensor:
+    """The random choices of a step for n images, float32 3×N×1×1×1, from torch's CPU generator: whether photo P is gray; factor,
+    uniform in [0.8, 1.2], and kind of the augmentation."""
+    gray = torch.rand(n, 1, 1, 1) < gray_probability
+    factor = torch.empty(n, 1, 1, 1).uniform_(0.8, 1.2)
+    return torch.stack([gray.float(), factor, torch.randint(3, (n, 1, 1, 1)).float()])
+
+
+def augment(images: Tensor, factor: Tensor, kind: Tensor) -> Tensor:
+    """J: brightness (kind 0), contrast (1) or saturation (2) of each image times its factor. Images uint8 N×3×H×W, factor and kind
+    N×1×1×1 -> float N×3×H×W in 0–1."""
+    images = images.float() / 255
     gray = luma(images)
-    reference = torch.where(choice == 0, 0.0, torch.where(choice == 1, gray.mean((2, 3), keepdim=True), gray))
+    reference = torch.where(kind == 0, 0.0, torch.where(kind == 1, gray.mean((2, 3), keepdim=True), gray))
     return (reference + factor * (images - reference)).clamp(0, 1)
 
 
-def random_gray(images: Tensor, probability: float = 0.3) -> Tensor:
-    """uint8 N×3×H×W -> float 0–1, each image gray with this probability. Draws from torch's CPU generator."""
+def turn_gray(images: Tensor, gray: Tensor) -> Tensor:
+    """uint8 N×3×H×W -> float 0–1, gray where `gray`, N×1×1×1, is not 0."""
     images = images.float() / 255
-    gray = (torch.rand(len(images), 1, 1, 1) < probability).to(images.device)
-    return torch.where(gray, luma(images), images)
+    return torch.where(gray != 0, luma(images), images)
+
+
+def make_optimizer(model: EfficientAD, lr: float) -> torch.optim.Adam:
+    """On a GPU the learning rate is a tensor there: a CUDA graph reads it anew every step."""
+    parameters, device = [*model.student.parameters(), *model.autoencoder.parameters()], model.threshold.device
+    cuda = device.type == "cuda"
+    rate = torch.tensor(lr, device=device) if cuda else lr
+    return torch.optim.Adam(parameters, lr=rate, weight_decay=1e-5, fused=True, capturable=cuda)
+
+
+def set_rate(optimizer: torch.optim.Adam, rate: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+@torch.no_grad()
+def teacher_outputs(model: EfficientAD, batches: Iterable[Tensor], precision: str) -> Tensor:
+    """`teacher_features` of batches of images as a training step computes them, N×h×w×384; of a bf16 step kept as fp16."""
+    outputs = []
+    for batch in batches:
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            output = model.teacher_features(model.normalize(batch)).permute(0, 2, 3, 1)
+        outputs.append(output.to(torch.float32 if precision == "fp32" else torch.float16).contiguous())
+    return torch.cat(outputs)
+
+
+class Step:
+    """The training step. Called with a batch it trains on it and returns the losses by name, tensors that the next call overwrites.
+    The batch, on whatever device, in the same shapes each time: images I and photos P (absent: no penalty) uint8 N×3×H×W; draws,
+    see `draw`; teacher N×h×w×384, the teacher's output for I (absent: computed). It is copied to fixed buffers, so that all the
+    rest is one CUDA graph on a GPU; nothing waits for the device."""
+
+    def __init__(self, model: EfficientAD, optimizer: torch.optim.Adam, precision: str, p_hard: float = 0.999):
+        self.model, self.optimizer, self.precision, self.p_hard = model, optimizer, precision, p_hard
+        self.device, self.buffers = model.threshold.device, {}
+        self.graph = Graphed(self.compute, self.device)
+
+    def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        for name, x in batch.items():
+            x = x.pin_memory() if self.device.type == "cuda" and not x.is_cuda else x
+            if name not in self.buffers:
+                self.buffers[name] = torch.empty_like(x, device=self.device)
+            self.buffers[name].copy_(x, non_blocking=True)
+        return self.graph()
+
+    def compute(self) -> dict[str, Tensor]:
+        images, (gray, factor, kind) = self.buffers["images"], self.buffers["draws"]
+        photos = turn_gray(self.buffers["photos"], gray) if "photos" in self.buffers else None
+        teacher = self.buffers["teacher"].permute(0, 3, 1, 2) if "teacher" in self.buffers else None
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            losses = self.model.losses(images, augment(images, factor, kind), photos, self.p_hard, teacher)
+        self.optimizer.zero_grad()
+        sum(losses.values()).backward()
+        self.optimizer.step()
+        return {name: loss.detach() for name, loss in losses.items()}
 
 
 def train(args: argparse.Namespace) -> Path:
     """One run: the model of a category, in its run folder, which is returned. With args.resume the rest of a run."""
     device, size = torch.device(args.device), tuple(args.image_size)
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    torch.backends.cudnn.benchmark = True  # of one shape, many steps
 
     # Data: normal images only, a tenth of them (or the set's own validation images) held out for calibration.
     category = open_category(args.data)
@@ -214,19 +305,26 @@ def train(args: argparse.Namespace) -> Path:
         folder = new_run_folder(args, category.name)
     model = model.to(device, memory_format=torch.channels_last)
 
-    def batches(images):
-        for i in tqdm(range(len(images)), desc="teacher statistics" if images is training else "calibration", unit="image"):
-            yield torch.from_numpy(images[i])[None].to(device)
+    def batches(images, purpose):
+        for i in tqdm(range(len(images)), purpose, unit="image"):
+            yield torch.as_tensor(images[i])[None].to(device)
 
     print(f"{folder}: {category.name}, {len(training)} training and {len(validation)} validation images, {args.steps} steps of"
           f" {args.batch_size} at {size[0]}×{size[1]}, {args.precision} on {args.device}; {penalty}", file=sys.stderr)
     if args.steps < PAPER_STEPS:
         print(f"note: a short run; the paper's has {PAPER_STEPS} steps and lr {PAPER_LR}, this one lr {args.lr}", file=sys.stderr)
+    # Kept on the device, if there is room: the images, and the teacher's outputs for them (in a run that sees them again).
+    count, teacher = len(training), None
+    if count * 3 * math.prod(size) <= KEPT_BYTES:
+        training = torch.stack(list(ahead(lambda i, images=training: torch.as_tensor(images[i]), range(count)))).to(device)
     if not args.resume:
-        model.fit_teacher_statistics(batches(training))
-    parameters = [*model.student.parameters(), *model.autoencoder.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=args.lr, weight_decay=1e-5, fused=True)
+        model.fit_teacher_statistics(batches(training, "teacher statistics"))
+    outputs = count * CHANNELS * math.prod(model.map_size) * (4 if args.precision == "fp32" else 2)  # bytes
+    if outputs <= KEPT_BYTES and count <= args.steps * args.batch_size:
+        teacher = teacher_outputs(model, batches(training, "teacher outputs"), args.precision)
+    optimizer = make_optimizer(model, args.lr)
     if args.resume:
+        state["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]  # a rate on the GPU stays there
         optimizer.load_state_dict(state["optimizer"])
 
     def save_state(step: int) -> None:
@@ -241,27 +339,24 @@ def train(args: argparse.Namespace) -> Path:
     log = open(folder / "log.jsonl", "a", encoding="utf-8")
     bar = tqdm(range(start, args.steps), "training", initial=start, total=args.steps, unit="step", mininterval=0.5)
     model.train()
+    take_step, n = Step(model, optimizer, args.precision, args.p_hard), args.batch_size
+    photos = ahead(lambda step: shuffled(pretraining, step, n, args.seed, 1), range(start, args.steps))
     for step in bar:
         torch.manual_seed(args.seed * 1_000_003 + step)
-        if step == int(0.95 * args.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * 0.1
-        images = shuffled(training, step, args.batch_size, args.seed, 0).to(device)
-        photos = None
+        rate = args.lr * (0.1 if step >= int(0.95 * args.steps) else 1)
+        set_rate(optimizer, rate)
+        batch = {"images": shuffled(training, step, n, args.seed, 0), "draws": draw(n)}
+        if teacher is not None:
+            batch["teacher"] = shuffled(teacher, step, n, args.seed, 0)
         if pretraining is not None:
-            photos = random_gray(shuffled(pretraining, step, args.batch_size, args.seed, 1).to(device))
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            losses = model.losses(images, augment(images), photos, args.p_hard)
-        total = sum(losses.values())
-        optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
+            batch["photos"] = next(photos)
+        losses = take_step(batch)
         if step % 10 == 0 or step == args.steps - 1:
             values = {name: loss.item() for name, loss in losses.items()}
             if not all(math.isfinite(v) for v in values.values()):
                 raise ModelError(f"{folder}: step {step}: loss is not finite ({values}); lower --lr or use --precision fp32")
             bar.set_postfix({name: f"{v:.3f}" for name, v in values.items()})
-            print(json.dumps({"step": step, "lr": optimizer.param_groups[0]["lr"], **values}), file=log, flush=True)
+            print(json.dumps({"step": step, "lr": rate, **values}), file=log, flush=True)
         if stop or time.time() - saved >= args.checkpoint_every:
             save_state(step + 1)
             saved = time.time()
@@ -273,10 +368,10 @@ def train(args: argparse.Namespace) -> Path:
     signal.signal(signal.SIGINT, previous)
 
     # Map normalization and threshold, from validation images; then the model as one file.
-    model.calibrate(batches(validation), args.a, args.b, args.map_normalization == "gaussian")
+    model.calibrate(batches(validation, "calibration"), args.a, args.b, args.map_normalization == "gaussian")
     options = {k: v for k, v in vars(args).items() if k not in ("resume", "out", "checkpoint_every", "categories", "seeds")}
     model.training_info = {**options, "category": category.name, "data": str(category.root.resolve()),
-                           "training_images": len(training), "validation_images": len(validation)}  # fmt: skip
+                           "training_images": count, "validation_images": len(validation)}  # fmt: skip
     model.cpu().save(str(folder / "model.pt"))
     (folder / "resume.pt").unlink(missing_ok=True)
     print(f"trained in {seconds / 60:.1f} minutes, wrote {folder / 'model.pt'}; now: python evaluate.py --run {folder}")

@@ -139,7 +139,8 @@ def test_resume_of_a_finished_run(run, run_script):
 
 def test_augmentation():
     images = torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8)
-    jittered = train.augment(images)
+    _, factor, kind = train.draw(64)
+    jittered = train.augment(images, factor, kind)
     assert jittered.shape == images.shape and 0 <= jittered.min() and jittered.max() <= 1
     x = images.float() / 255
     gray, kinds = train.luma(x), set()
@@ -155,7 +156,7 @@ def test_augmentation():
         else:
             raise AssertionError("neither brightness nor contrast nor saturation")
     assert kinds == {0, 1, 2}
-    photos = train.random_gray(torch.randint(0, 256, (2000, 3, 2, 2), dtype=torch.uint8))
+    photos = train.turn_gray(torch.randint(0, 256, (2000, 3, 2, 2), dtype=torch.uint8), train.draw(2000)[0])
     share = (photos[:, 0] == photos[:, 1]).all(-1).all(-1).float().mean()
     assert 0.25 < share < 0.35
 
