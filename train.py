@@ -7,6 +7,7 @@
     python train.py --data mvtec --seeds 0,1,2       # every category × seed; the same command goes on after an interruption
     torchrun --nproc-per-node 4 train.py --data visa # the same, shared by four GPUs
     python train.py --data mvtec/bottle --ablation   # the trainings behind the paper's tables 3 to 5
+    python train.py --model simplenet --data mvtec/bottle --backbone-weights FILE    # SimpleNet, arXiv 2303.15140
 
 Every random choice of a step is a function of the seed and the step's number, so a resumed run equals an uninterrupted one.
 """
@@ -27,8 +28,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from backbone import ARCHITECTURES
 from data import DataError, Images, PhotographCrops, list_categories, list_images, open_category
 from efficientad import EfficientAD, ModelError, check_image_size, pick_device, read_checkpoint, write_checkpoint
+from simplenet import CachedFeatures, SimpleNet, crop_size
 
 PAPER_STEPS, CPU_STEPS = 70000, 1500
 PAPER_LR, SHORT_LR = 1e-4, 3e-4  # for runs below 10,000 steps: learned faster on bottle
@@ -41,6 +44,17 @@ ABLATION = {  # the distinct trainings behind tables 3 to 5; rows about map norm
     "p_hard-0.99999": {"p_hard": 0.99999},
     "no-penalty": {"pretraining_images": "none"},
     "p_hard-0-no-penalty": {"p_hard": 0.0, "pretraining_images": "none"},
+}
+SIMPLENET_EPOCHS, SIMPLENET_CPU_EPOCHS = 160, 40
+SIMPLENET_ABLATION = {
+    "default": {},
+    **{f"noise-{noise}": {"noise": noise} for noise in (0.0015, 0.005, 0.05, 0.15)},
+    "no-adaptor": {"no_adaptor": True},
+    **{f"layers-{'-'.join(map(str, layers))}": {"layers": layers} for layers in ([2], [3], [1, 2, 3])},
+}
+OWN_OPTIONS = {  # of one model alone
+    "efficientad": ("size", "teacher", "pretraining_images", "padding", "p_hard", "a", "b", "map_normalization"),
+    "simplenet": ("backbone", "backbone_weights", "epochs", "noise", "no_adaptor", "layers"),
 }
 
 
@@ -57,17 +71,25 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--seeds", type=integers, metavar="0,1,2", help="a run for each seed, into runs/DATA/ as well")
     p.add_argument("--ablation", action="store_true", help="the trainings that the paper's tables 3 to 5 need on a category, into"
                    " runs/DATA-SIZE-ablation/")
+    p.add_argument("--model", choices=["efficientad", "simplenet"], help="default efficientad")
     p.add_argument("--size", choices=["small", "medium"], help="EfficientAD-S (default) or EfficientAD-M")
     p.add_argument("--steps", type=int, help=f"default {PAPER_STEPS} as in the paper; {CPU_STEPS} without a GPU")
+    p.add_argument("--epochs", type=int, help=f"SimpleNet, instead of --steps: default {SIMPLENET_EPOCHS} as in the paper;"
+                   f" {SIMPLENET_CPU_EPOCHS} without a GPU")
+    p.add_argument("--backbone", choices=ARCHITECTURES, help="SimpleNet: default wide_resnet50_2, the paper's")
+    p.add_argument("--backbone-weights", metavar="FILE", help="SimpleNet: torchvision's weight file of the backbone")
+    p.add_argument("--noise", type=float, help="SimpleNet: standard deviation of the noise on features; default 0.015")
+    p.add_argument("--no-adaptor", action="store_true", help="SimpleNet: without the feature adaptor")
+    p.add_argument("--layers", type=integers, metavar="2,3", help="SimpleNet: layers of the backbone, of 1, 2, 3; default 2,3")
     p.add_argument("--teacher", help="teacher file; default weights/teacher_SIZE.pt beside this script")
     p.add_argument("--pretraining-images", help="folder of photos for the pretraining penalty, or 'none' for no penalty;"
                    " default: random crops of the two photographs that scikit-learn ships")
     p.add_argument("--image-size", type=int, nargs="+", help="H W, or one number for both; multiples of 32 from 128;"
-                   " default 256, but 128 for the demo set")
+                   " default 256, but 128 for the demo set; SimpleNet: anything from 64, default 329, but 128")
     p.add_argument("--padding", action="store_true", help="zero padding inside teacher and student; the paper has none")
-    p.add_argument("--batch-size", type=int, help="default 1, the paper's")
+    p.add_argument("--batch-size", type=int, help="default 1, the paper's; SimpleNet 8")
     p.add_argument("--lr", type=float, help="Adam's learning rate, × 0.1 at 95 %% of the steps; default 1e-4 as in the paper;"
-                   " 3e-4 below 10,000 steps")
+                   " 3e-4 below 10,000 steps; SimpleNet: the adaptor's, constant, default 1e-4; the discriminator's is twice that")
     p.add_argument("--p-hard", type=float, help="mining factor of the hard feature loss; default 0.999; 0 disables it")
     p.add_argument("--a", type=float, help="map normalization: the quantile that becomes 0; default 0.9")
     p.add_argument("--b", type=float, help="map normalization: the quantile that becomes 0.1; default 0.995")
@@ -80,10 +102,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--checkpoint-every", type=float, metavar="SECONDS", help="default 60")
     p.add_argument("--resume", metavar="DIR", help="go on with the interrupted run in this folder; takes no other option")
     given = vars(p.parse_args(argv))
-    defaults = dict(data="demo", categories=None, seeds=None, ablation=False, size="small", steps=None, teacher=None,
-                    pretraining_images=None, image_size=None, padding=False, batch_size=1, lr=None, p_hard=0.999, a=0.9, b=0.995,
-                    map_normalization="quantile", seed=0, device=None, precision="auto", out=None, checkpoint_every=60.0,
-                    resume=None)  # fmt: skip
+    defaults = dict(data="demo", categories=None, seeds=None, ablation=False, model="efficientad", size="small", steps=None,
+                    teacher=None, pretraining_images=None, image_size=None, padding=False, batch_size=None, lr=None, p_hard=0.999,
+                    a=0.9, b=0.995, map_normalization="quantile", seed=0, device=None, precision="auto", out=None,
+                    checkpoint_every=60.0, resume=None, epochs=None, backbone="wide_resnet50_2", backbone_weights=None,
+                    noise=0.015, no_adaptor=False, layers=[2, 3])  # fmt: skip
 
     if "resume" in given:
         if len(given) > 1:
@@ -99,17 +122,30 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
     args = argparse.Namespace(**{**defaults, **given})
     args.device = str(pick_device(args.device))
-    if args.steps is None:
+    simplenet = args.model == "simplenet"
+    foreign = [k for name, own in OWN_OPTIONS.items() if name != args.model for k in own if k in given]
+    if foreign:
+        p.error(f"--{foreign[0].replace('_', '-')} is no option of --model {args.model}")
+    if simplenet:
+        if args.epochs is None and args.steps is None:
+            args.epochs = SIMPLENET_EPOCHS if args.device.startswith("cuda") else SIMPLENET_CPU_EPOCHS
+        if (args.steps is not None and args.epochs is not None) or not args.noise >= 0 or (args.epochs or 1) < 1:
+            p.error("need --epochs >= 1 or --steps, not both, and --noise >= 0")
+        if args.layers != sorted(set(args.layers) & {1, 2, 3}):
+            p.error("--layers takes some of 1,2,3 in this order")
+    elif args.steps is None:
         args.steps = PAPER_STEPS if args.device.startswith("cuda") else CPU_STEPS
+    if args.batch_size is None:
+        args.batch_size = 8 if simplenet else 1
     if args.lr is None:
-        args.lr = PAPER_LR if args.steps >= 10000 else SHORT_LR
-    size = args.image_size or [128 if args.data == "demo" else 256]
+        args.lr = PAPER_LR if simplenet or args.steps >= 10000 else SHORT_LR
+    size = args.image_size or [128 if args.data == "demo" else 329 if simplenet else 256]
     args.image_size = [size[0], size[-1]]
     try:
-        check_image_size(tuple(size) if len(size) <= 2 else (0, 0))
+        (crop_size if simplenet else check_image_size)(tuple(size) if len(size) <= 2 else (0, 0))
     except ValueError as error:
         p.error(f"--image-size: {error}")
-    if args.steps < 1 or args.batch_size < 1 or not args.lr > 0 or min([args.seed, *(args.seeds or [])]) < 0:
+    if (args.steps or 1) < 1 or args.batch_size < 1 or not args.lr > 0 or min([args.seed, *(args.seeds or [])]) < 0:
         p.error("need --steps >= 1, --batch-size >= 1, --lr > 0 and --seed >= 0")
     if not 0 <= args.p_hard <= 1 or not 0 <= args.a < args.b <= 1:
         p.error("need 0 <= --p-hard <= 1 and 0 <= --a < --b <= 1")
@@ -117,15 +153,29 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         p.error("give --seed or --seeds")
     if args.ablation and (given.keys() & {"p_hard", "a", "b", "map_normalization"} or args.pretraining_images == "none"):
         p.error("--ablation chooses --p-hard, --a, --b, --map-normalization and --pretraining-images none by itself")
+    if args.ablation and given.keys() & {"noise", "no_adaptor", "layers"}:
+        p.error("--ablation chooses --noise, --no-adaptor and --layers by itself")
     if args.precision == "auto":
         cuda = args.device.startswith("cuda")
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_avx512_bf16_supported()
         args.precision = "bf16" if bf16 else "fp32"
+    if simplenet:
+        if not args.backbone_weights or not Path(args.backbone_weights).exists():
+            raise ModelError(f"{args.backbone_weights or '--backbone-weights'}: no such file; name torchvision's weight file of"
+                             f" {args.backbone} with --backbone-weights FILE"
+                             + (" (wide_resnet50_2-95faca4d.pth)" if args.backbone == "wide_resnet50_2" else "")
+                             + ", or choose another --backbone")  # fmt: skip
+        return args
     args.teacher = args.teacher or str(Path(__file__).parent / "weights" / f"teacher_{args.size}.pt")
     if not Path(args.teacher).exists():
         raise ModelError(f"{args.teacher}: no such teacher; make one with: python distill.py --size {args.size} --images PHOTOS"
                          " --backbone-weights FILE (see weights/README.md), and name it with --teacher")  # fmt: skip
     return args
+
+
+def variant(args: argparse.Namespace) -> str:
+    """What is trained, in folder names."""
+    return "simplenet" if args.model == "simplenet" else args.size
 
 
 def new_run_folder(args: argparse.Namespace, name: str) -> Path:
@@ -137,7 +187,7 @@ def new_run_folder(args: argparse.Namespace, name: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     for i in range(1, 10000):
-        folder = Path("runs") / (f"{name}-{args.size}" + (f"-{i}" if i > 1 else ""))
+        folder = Path("runs") / (f"{name}-{variant(args)}" + (f"-{i}" if i > 1 else ""))
         try:
             folder.mkdir(parents=True)
             return folder
@@ -156,7 +206,7 @@ def shuffled(images, step: int, batch_size: int, *seed: int) -> Tensor:
     batch = []
     for i in range(step * batch_size, (step + 1) * batch_size):
         epoch, position = divmod(i, len(images))
-        batch.append(torch.from_numpy(images[int(permutation(len(images), *seed, epoch)[position])]))
+        batch.append(torch.as_tensor(images[int(permutation(len(images), *seed, epoch)[position])]))
     return torch.stack(batch)
 
 
@@ -191,7 +241,11 @@ def train(args: argparse.Namespace) -> Path:
     # Data: normal images only, a tenth of them (or the set's own validation images) held out for calibration.
     category = open_category(args.data)
     training, validation = (Images(paths, size) for paths in category.split(args.seed))
-    if args.pretraining_images == "none":
+    simplenet = args.model == "simplenet"
+    if simplenet:
+        pretraining, penalty = None, f"SimpleNet on {args.backbone}"
+        args.steps = args.steps or math.ceil(args.epochs * len(training) / args.batch_size)
+    elif args.pretraining_images == "none":
         pretraining, penalty = None, "no pretraining penalty"
     elif args.pretraining_images:
         paths = list_images(args.pretraining_images, recursive=True)
@@ -203,14 +257,18 @@ def train(args: argparse.Namespace) -> Path:
 
     # Model: new, or as an interrupted run left it.
     torch.manual_seed(args.seed)
-    model = EfficientAD(size=args.size, image_size=size, padding=args.padding)
+    if simplenet:
+        options = dict(backbone=args.backbone, layers=args.layers, adaptor=not args.no_adaptor, noise=args.noise)
+        model = SimpleNet(image_size=size, **options)
+    else:
+        model = EfficientAD(size=args.size, image_size=size, padding=args.padding)
     folder, start, seconds = Path(args.resume or "."), 0, 0.0
     if args.resume:
         state = read_checkpoint(str(folder / "resume.pt"))
         model.load_state_dict(state["model"])
         start, seconds = state["step"], state["seconds"]
     else:
-        model.load_teacher(args.teacher)
+        model.load_backbone(args.backbone_weights) if simplenet else model.load_teacher(args.teacher)
         folder = new_run_folder(args, category.name)
     model = model.to(device, memory_format=torch.channels_last)
 
@@ -220,11 +278,14 @@ def train(args: argparse.Namespace) -> Path:
 
     print(f"{folder}: {category.name}, {len(training)} training and {len(validation)} validation images, {args.steps} steps of"
           f" {args.batch_size} at {size[0]}×{size[1]}, {args.precision} on {args.device}; {penalty}", file=sys.stderr)
-    if args.steps < PAPER_STEPS:
+    if args.steps < PAPER_STEPS and not simplenet:
         print(f"note: a short run; the paper's has {PAPER_STEPS} steps and lr {PAPER_LR}, this one lr {args.lr}", file=sys.stderr)
-    if not args.resume:
-        model.fit_teacher_statistics(batches(training))
-    parameters = [*model.student.parameters(), *model.autoencoder.parameters()]
+    if simplenet:
+        training, parameters = CachedFeatures(model, training), model.parameter_groups(args.lr)
+    else:
+        if not args.resume:
+            model.fit_teacher_statistics(batches(training))
+        parameters = [*model.student.parameters(), *model.autoencoder.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.lr, weight_decay=1e-5, fused=True)
     if args.resume:
         optimizer.load_state_dict(state["optimizer"])
@@ -243,7 +304,7 @@ def train(args: argparse.Namespace) -> Path:
     model.train()
     for step in bar:
         torch.manual_seed(args.seed * 1_000_003 + step)
-        if step == int(0.95 * args.steps):
+        if step == int(0.95 * args.steps) and not simplenet:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * 0.1
         images = shuffled(training, step, args.batch_size, args.seed, 0).to(device)
@@ -251,7 +312,7 @@ def train(args: argparse.Namespace) -> Path:
         if pretraining is not None:
             photos = random_gray(shuffled(pretraining, step, args.batch_size, args.seed, 1).to(device))
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            losses = model.losses(images, augment(images), photos, args.p_hard)
+            losses = model.losses(images) if simplenet else model.losses(images, augment(images), photos, args.p_hard)
         total = sum(losses.values())
         optimizer.zero_grad()
         total.backward()
@@ -273,8 +334,11 @@ def train(args: argparse.Namespace) -> Path:
     signal.signal(signal.SIGINT, previous)
 
     # Map normalization and threshold, from validation images; then the model as one file.
-    model.calibrate(batches(validation), args.a, args.b, args.map_normalization == "gaussian")
-    options = {k: v for k, v in vars(args).items() if k not in ("resume", "out", "checkpoint_every", "categories", "seeds")}
+    normalization = () if simplenet else (args.a, args.b, args.map_normalization == "gaussian")
+    model.calibrate(batches(validation), *normalization)
+    foreign = [k for name, own in OWN_OPTIONS.items() if name != args.model for k in own]
+    foreign += ["resume", "out", "checkpoint_every", "categories", "seeds"]
+    options = {k: v for k, v in vars(args).items() if k not in foreign}
     model.training_info = {**options, "category": category.name, "data": str(category.root.resolve()),
                            "training_images": len(training), "validation_images": len(validation)}  # fmt: skip
     model.cpu().save(str(folder / "model.pt"))
@@ -296,12 +360,13 @@ def list_jobs(args: argparse.Namespace) -> list[argparse.Namespace]:
             raise DataError(f"{args.data}: has no category {', '.join(chosen.keys() - known.keys())}; it has: {', '.join(known)}")
         categories = [known[c] for c in chosen]
     name = Path(args.data).resolve().name if categories else open_category(args.data).name
-    folder = Path(args.out or f"runs/{name}" + (f"-{args.size}-ablation" if args.ablation else ""))
+    folder = Path(args.out or f"runs/{name}" + (f"-{variant(args)}-ablation" if args.ablation else ""))
     if (folder / "log.jsonl").exists():
         raise DataError(f"{folder}: is a single run, not a folder of runs; choose another --out")
     jobs = []
     for data in categories or [Path(args.data)]:
-        for run, options in (ABLATION if args.ablation else {f"{data.resolve().name}-{args.size}": {}}).items():
+        ablation = SIMPLENET_ABLATION if args.model == "simplenet" else ABLATION
+        for run, options in (ablation if args.ablation else {f"{data.resolve().name}-{variant(args)}": {}}).items():
             for seed in args.seeds or [args.seed]:
                 out = folder / (f"{run}-seed{seed}" if args.seeds else run)
                 jobs.append(argparse.Namespace(**{**vars(args), **options, "data": str(data), "seed": seed, "out": str(out)}))
