@@ -70,7 +70,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--categories", metavar="A,B", help="of a folder of categories only these")
     p.add_argument("--seeds", type=integers, metavar="0,1,2", help="a run for each seed, into runs/DATA/ as well")
     p.add_argument("--ablation", action="store_true", help="the trainings that the paper's tables 3 to 5 need on a category, into"
-                   " runs/DATA-SIZE-ablation/")
+                   " runs/DATA-SIZE-ablation/; for SimpleNet noise, adaptor and layers")
     p.add_argument("--model", choices=["efficientad", "simplenet"], help="default efficientad")
     p.add_argument("--size", choices=["small", "medium"], help="EfficientAD-S (default) or EfficientAD-M")
     p.add_argument("--steps", type=int, help=f"default {PAPER_STEPS} as in the paper; {CPU_STEPS} without a GPU")
@@ -129,8 +129,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if simplenet:
         if args.epochs is None and args.steps is None:
             args.epochs = SIMPLENET_EPOCHS if args.device.startswith("cuda") else SIMPLENET_CPU_EPOCHS
-        if (args.steps is not None and args.epochs is not None) or not args.noise >= 0 or (args.epochs or 1) < 1:
-            p.error("need --epochs >= 1 or --steps, not both, and --noise >= 0")
+        if args.steps is not None and args.epochs is not None:
+            p.error("give --steps or --epochs")
+        if (args.epochs is not None and args.epochs < 1) or not args.noise >= 0:
+            p.error("need --epochs >= 1 and --noise >= 0")
         if args.layers != sorted(set(args.layers) & {1, 2, 3}):
             p.error("--layers takes some of 1,2,3 in this order")
     elif args.steps is None:
@@ -145,7 +147,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         (crop_size if simplenet else check_image_size)(tuple(size) if len(size) <= 2 else (0, 0))
     except ValueError as error:
         p.error(f"--image-size: {error}")
-    if (args.steps or 1) < 1 or args.batch_size < 1 or not args.lr > 0 or min([args.seed, *(args.seeds or [])]) < 0:
+    steps = 1 if args.steps is None else args.steps  # SimpleNet: from --epochs, when the number of images is known
+    if steps < 1 or args.batch_size < 1 or not args.lr > 0 or min([args.seed, *(args.seeds or [])]) < 0:
         p.error("need --steps >= 1, --batch-size >= 1, --lr > 0 and --seed >= 0")
     if not 0 <= args.p_hard <= 1 or not 0 <= args.a < args.b <= 1:
         p.error("need 0 <= --p-hard <= 1 and 0 <= --a < --b <= 1")
@@ -160,11 +163,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_avx512_bf16_supported()
         args.precision = "bf16" if bf16 else "fp32"
     if simplenet:
-        if not args.backbone_weights or not Path(args.backbone_weights).exists():
-            raise ModelError(f"{args.backbone_weights or '--backbone-weights'}: no such file; name torchvision's weight file of"
-                             f" {args.backbone} with --backbone-weights FILE"
-                             + (" (wide_resnet50_2-95faca4d.pth)" if args.backbone == "wide_resnet50_2" else "")
-                             + ", or choose another --backbone")  # fmt: skip
+        file = f"torchvision's weight file of {args.backbone}"
+        file += " (wide_resnet50_2-95faca4d.pth)" if args.backbone == "wide_resnet50_2" else ""
+        if not args.backbone_weights:
+            raise ModelError(f"--model simplenet needs --backbone-weights FILE: {file}; or --backbone and the file of another one")
+        if not Path(args.backbone_weights).exists():
+            raise ModelError(f"{args.backbone_weights}: no such file; --backbone-weights takes {file}")
         return args
     args.teacher = args.teacher or str(Path(__file__).parent / "weights" / f"teacher_{args.size}.pt")
     if not Path(args.teacher).exists():
@@ -268,7 +272,10 @@ def train(args: argparse.Namespace) -> Path:
         model.load_state_dict(state["model"])
         start, seconds = state["step"], state["seconds"]
     else:
-        model.load_backbone(args.backbone_weights) if simplenet else model.load_teacher(args.teacher)
+        if simplenet:
+            model.load_backbone(args.backbone_weights)
+        else:
+            model.load_teacher(args.teacher)
         folder = new_run_folder(args, category.name)
     model = model.to(device, memory_format=torch.channels_last)
 
