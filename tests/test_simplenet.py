@@ -339,14 +339,16 @@ def test_bad_options_get_one_line(options, weights, run_script, tmp_path):
     torch.save(ResNet("resnet34").state_dict(), tmp_path / "resnet34.pth")
     bare = options[:2] + options[6:]
     cases = [
-        (bare, "--backbone-weights: no such file; name torchvision's weight file of wide_resnet50_2"),
-        ((*bare, "--backbone-weights", "none.pth"), "none.pth: no such file; name torchvision's weight file of wide_resnet50_2"),
+        (bare, "needs --backbone-weights FILE: torchvision's weight file of wide_resnet50_2 (wide_resnet50_2-95faca4d.pth)"),
+        ((*bare, "--backbone-weights", "none.pth"), "none.pth: no such file; --backbone-weights takes torchvision's"),
         ((*options, "--backbone-weights", "resnet34.pth"), "resnet34.pth: not the weights of resnet18"),
         ((*options, "--p-hard", 0), "--p-hard is no option of --model simplenet"),
         (("--noise", 0.1), "--noise is no option of --model efficientad"),
         ((*options, "--layers", "3,2"), "--layers takes some of 1,2,3"),
         ((*options, "--noise", -1), "--noise >= 0"),
-        ((*options, "--epochs", 1, "--steps", 1), "not both"),
+        ((*options, "--epochs", 1, "--steps", 1), "--steps or --epochs"),
+        ((*options, "--epochs", 0), "--epochs >= 1"),
+        ((*options, "--steps", 0), "--steps >= 1"),
         ((*options, "--image-size", 40), "at least 64"),
         ((*options, "--ablation", "--no-adaptor"), "--ablation chooses --noise"),
     ]
