@@ -13,7 +13,7 @@ from PIL import Image
 import train
 from backbone import ARCHITECTURES, PatchFeatures, ResNet, fold_batch_norms
 from efficientad import ModelError
-from report import summarize_runs
+from report import heat_scale, overlay, summarize_runs
 from simplenet import CachedFeatures, SimpleNet, crop_size, truncated_l1_losses
 
 SIZE = (80, 96)  # crop 64×80 (70.0 and 84.0 before rounding), layer 2's grid 8×10
@@ -413,3 +413,13 @@ def test_both_models_in_one_table():
     names = "candle capsules cashew chewinggum fryum macaroni1 macaroni2 pcb1 pcb2 pcb3 pcb4 pipe_fryum".split()
     _, sections = summarize_runs([result(name, 0.5, steps=1, **simplenet) for name in names])
     assert sections["VisA, SimpleNet (resnet18), 40 epochs"][-1] == ["mean of VisA", "1", "50.0", "87.9"]
+
+
+def test_heat_scale_of_negative_scores():
+    """Scores are −D and may all be negative: the ordinary value is black, the threshold in the middle all the same."""
+    values = heat_scale(np.array([-0.5, -0.4, -0.1, 0.2]), (-0.4, -0.1))
+    assert values.tolist() == pytest.approx([-1 / 6, 0, 0.5, 1])
+    image, m = Image.new("RGB", (20, 10)), np.full((5, 5), -0.1)
+    sheet = np.asarray(overlay(image, None, {"anomaly": m}, -0.05, (-0.4, -0.1)))
+    assert sheet.shape == (128 + 18, 2 * 260 - 4, 3)
+    assert sheet[100, 400].tolist() == pytest.approx([160, 32, 48], abs=1)  # 0.8 of the colour in the middle
