@@ -1,4 +1,4 @@
-"""ResNet trunk (conv1 to layer 3) and the patch features that a teacher is distilled from.
+"""ResNet trunk (conv1 to layer 3) and PatchCore's patch features: a teacher is distilled from them, SimpleNet works on them.
 
     trunk = ResNet("wide_resnet101_2")
     load_weights(trunk, "wide_resnet101_2-32ee1156.pth")         # torchvision's published file
@@ -12,6 +12,7 @@ not built. The patch features are those of PatchCore (Roth et al., arXiv 2106.08
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # name: (bottleneck blocks?, blocks in layers 1 to 3, width of the 3×3 convolutions relative to a plain ResNet)
 ARCHITECTURES = {
@@ -82,9 +83,15 @@ class ResNet(nn.Module):
         self.channels = (channels_in // 2, channels_in)  # of layers 2 and 3
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
-        layer2 = self.layer2(self.layer1(x))
-        return layer2, self.layer3(layer2)
+        return tuple(self.layers(x)[1:])
+
+    def layers(self, x: Tensor, last: int = 3) -> list[Tensor]:
+        """The outputs of layers 1 to `last`; layer 1's is N×C/2×H/4×W/4."""
+        x, outputs = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1), []
+        for layer in (self.layer1, self.layer2, self.layer3)[:last]:
+            x = layer(x)
+            outputs.append(x)
+        return outputs
 
 
 def load_weights(trunk: ResNet, path: str) -> None:
@@ -103,28 +110,53 @@ def load_weights(trunk: ResNet, path: str) -> None:
         raise WeightsError(f"{path}: not the weights of {trunk.architecture}; pass the backbone they belong to") from None
 
 
+def fold_batch_norms(trunk: ResNet) -> None:
+    """Multiply each batch norm of a trunk in eval mode into the convolution before it: the same outputs up to rounding, fewer
+    passes over memory."""
+    for module in trunk.modules():
+        if isinstance(module, (ResNet, Block)):
+            for i in (1, 2, 3):
+                if isinstance(getattr(module, f"bn{i}", None), nn.BatchNorm2d):
+                    setattr(module, f"conv{i}", fuse_conv_bn_eval(getattr(module, f"conv{i}"), getattr(module, f"bn{i}")))
+                    setattr(module, f"bn{i}", nn.Identity())
+        if isinstance(module, Block) and module.downsample is not None and len(module.downsample) == 2:
+            module.downsample = nn.Sequential(fuse_conv_bn_eval(*module.downsample))
+
+
 class PatchFeatures(nn.Module):
-    """PatchCore's features, the target of distillation (section 3.1). N×3×H×W normalized -> N×`channels`×H/8×W/8.
+    """PatchCore's features of some of the `layers` 1, 2, 3: the target of distillation (section 3.1), and SimpleNet's features
+    (`channels` and `width` 1536). N×3×H×W normalized -> N×`channels`×h×w, the grid of the first of the layers; layer 2's is H/8.
 
     The definition: the zero-padded 3×3 neighbourhood of every position of a layer, flattened channel-first (C·9 numbers),
-    average-pooled adaptively to 1024; layer 3 resized bilinearly to layer 2's grid; both concatenated (2048) and pooled again
-    to `channels`. Neighbourhood and poolings are one linear map of the layer's 3×3 windows, so each layer needs a single 3×3
-    convolution whose weight is the pooling of an identity matrix. Pooling acts on channels and resizing on positions, so their
-    order is free. The two layers stay apart because 2048 → `channels` splits evenly at 1024 when `channels` is even."""
+    average-pooled adaptively to `width`; each layer resized bilinearly to the first one's grid; all concatenated (2048 numbers
+    for two layers of width 1024) and pooled again to `channels`. Neighbourhood and poolings are one linear map of the layer's
+    3×3 windows, so each layer needs a single 3×3 convolution whose weight is the pooling of an identity matrix. Pooling acts on
+    channels and resizing on positions, so their order is free. The layers stay apart because the second pooling splits evenly
+    between them when `channels` is a multiple of their number. Raises ValueError if it is not, or for an impossible layer.
 
-    def __init__(self, trunk: ResNet, channels: int = 384):
+    The trunk is frozen and stays in eval mode. The poolings are functions of the options and are not part of the state."""
+
+    def __init__(self, trunk: ResNet, channels: int = 384, width: int = 1024, layers: tuple[int, ...] = (2, 3)):
         super().__init__()
-        if channels % 2:
-            raise ValueError(f"channels must be even, got {channels}")
-        self.trunk = trunk.eval().requires_grad_(False)
-        for i, c in enumerate(trunk.channels):
-            pooled = F.adaptive_avg_pool1d(F.adaptive_avg_pool1d(torch.eye(c * 9), 1024), channels // 2)  # C·9 × channels/2
-            self.register_buffer(f"pooling{i + 2}", pooled.T.reshape(channels // 2, c, 3, 3).contiguous())
+        if not layers or list(layers) != sorted(set(layers) & {1, 2, 3}):
+            raise ValueError(f"layers must be some of 1, 2, 3 in this order, got {layers}")
+        if channels % len(layers):
+            raise ValueError(f"channels must be a multiple of the number of layers, {len(layers)}, got {channels}")
+        self.trunk = trunk.requires_grad_(False)
+        self.layers, share = tuple(layers), channels // len(layers)
+        for i in self.layers:
+            c = trunk.channels[1] // 2 ** (3 - i)
+            pooled = F.adaptive_avg_pool1d(F.adaptive_avg_pool1d(torch.eye(c * 9), width), share)  # C·9 × share
+            self.register_buffer(f"pooling{i}", pooled.T.reshape(share, c, 3, 3).contiguous(), persistent=False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> "PatchFeatures":
+        return super().train(False)
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        layer2, layer3 = self.trunk(x)
-        layer2 = F.conv2d(layer2, self.pooling2, padding=1)
-        layer3 = F.conv2d(layer3, self.pooling3, padding=1)
-        layer3 = F.interpolate(layer3, layer2.shape[-2:], mode="bilinear", align_corners=False)
-        return torch.cat([layer2, layer3], 1)
+        outputs, features = self.trunk.layers(x, self.layers[-1]), []
+        for i in self.layers:
+            y = F.conv2d(outputs[i - 1], getattr(self, f"pooling{i}"), padding=1)
+            features.append(F.interpolate(y, features[0].shape[-2:], mode="bilinear") if features else y)
+        return torch.cat(features, 1)

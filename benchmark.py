@@ -187,7 +187,7 @@ def kernel_section() -> dict:
 
 
 def environment(device: torch.device) -> dict:
-    """Hardware and versions, for the head of a table; of a CPU also how busy it was beforehand."""
+    """Hardware and versions, for the head of a table."""
     versions = {"Python": platform.python_version()}
     for package in ("torch", "triton", "onnxruntime", "openvino"):
         try:
@@ -196,14 +196,13 @@ def environment(device: torch.device) -> dict:
             pass
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device), "versions": versions}
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")] or [platform.processor()]
     name = f"{names[0]}, {torch.get_num_threads()} of {os.cpu_count()} cores"
     for extension, there in (("AMX", torch.cpu._is_amx_tile_supported()), ("AVX512-BF16", cpu_has_bf16(device))):
         name += f", {extension}" * there
-    return {"device": name, "versions": versions, "load_average": load}
+    return {"device": name, "versions": versions}
 
 
 def memory(device: torch.device, peak: bool = False) -> int | None:
@@ -306,7 +305,7 @@ def inference_section(device: torch.device, quick: bool, budget: float) -> dict:
     ceilings = {False: matmul_tflop_s(torch.float32, device), True: matmul_tflop_s(half, device)}
     names, rows, costs = list(ROWS), [], {"batch size": [], "image size": [], "images": []}
     if quick:
-        names.remove("torch.compile max-autotune, half")  # compiling takes long
+        names.remove("torch.compile max-autotune, half")  # it compiles for minutes
     for name, model in models(["small"] if quick else ["small", "medium"], device).items():
         for batch in (1,) if quick else (1, 16):
             images = draw_images(batch, model.image_size[0], device)

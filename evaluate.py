@@ -6,9 +6,9 @@
     python evaluate.py --run runs/mvtec              # a collection: a row per category, the mean, the paper's values
     python evaluate.py --run runs/bottle-small-ablation  # tables 3 to 5
 
-Writes into the run folder: report.html, results.json, results.md, scores.csv, overlays/ (input, mask, combined, local and global
-map) and, with --tiff, anomaly maps as the official evaluation scripts of MVTec AD and MVTec LOCO read them. A folder of runs gets
-summary.json and summary.md.
+The model of a run is an EfficientAD or a SimpleNet. Writes into the run folder: report.html, results.json, results.md, scores.csv,
+overlays/ (input, mask, combined, local and global map; SimpleNet has one map) and, with --tiff, anomaly maps as the official
+evaluation scripts of MVTec AD and MVTec LOCO read them. A folder of runs gets summary.json and summary.md.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import Category, DataError, Sample, list_images, open_category, read_image, to_array
-from efficientad import EfficientAD, ModelError, pick_device
+from efficientad import EfficientAD, ModelError, pick_device, read_checkpoint
 from metrics import (
     area_under_curve,
     average_precision,
@@ -49,8 +49,9 @@ from report import (
     summarize_runs,
     table,
 )
+from simplenet import SimpleNet
 
-MAPS = ("combined", "local", "global")
+MAPS = ("combined", "local", "global")  # EfficientAD's; the first one gives the image's score
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -90,10 +91,15 @@ def to_tensor(image: Image.Image, size: tuple[int, int], device: torch.device) -
 
 
 @torch.no_grad()
-def predict(model: EfficientAD, path: Path, device: torch.device) -> tuple[Image.Image, dict[str, np.ndarray], dict[str, float]]:
-    """Image file -> (RGB image, anomaly maps by name as float32 H×W of the model's image size, scores by name: their maxima)."""
+def predict(model: EfficientAD | SimpleNet, path: Path) -> tuple[Image.Image, dict[str, np.ndarray], dict[str, float]]:
+    """Image file -> (RGB image, anomaly maps by name as float32 H×W of the model's image size, scores by name). The first of the
+    names is the model's own map and score."""
     image = read_image(path)
-    local_map, global_map = model.maps(to_tensor(image, model.image_size, device))
+    x = to_tensor(image, model.image_size, model.threshold.device)
+    if isinstance(model, SimpleNet):
+        m, score = model(x)
+        return image, {"anomaly": m[0, 0].cpu().numpy()}, {"anomaly": score.item()}
+    local_map, global_map = model.maps(x)
     combined_map, _ = model.combine(local_map, global_map)
     maps = {name: m[0, 0].cpu().numpy() for name, m in zip(MAPS, (combined_map, local_map, global_map))}
     return image, maps, {name: float(m.max()) for name, m in maps.items()}
@@ -106,21 +112,23 @@ def csv_text(header: list[str], rows: list[list]) -> str:
 
 
 def summarize(scores: dict[str, np.ndarray], samples: list[Sample], category: Category, threshold: float) -> dict:
-    """Image AU-ROC and average precision for each map: of every defect type against the good images, and overall: all types
-    pooled, but for LOCO the mean of logical and structural, as its authors define it."""
+    """Image AU-ROC and average precision for each map (`scores`: by map, the image's own first): of every defect type against the
+    good images, and overall: all types pooled, but for LOCO the mean of logical and structural, as its authors define it."""
     defects = np.array([s.defect for s in samples])
     types = [d for d in dict.fromkeys(defects.tolist()) if d != "good"]
     if not types or "good" not in defects:
         raise DataError(f"{category.root}: its test images need 'good' ones and at least one defect type")
 
+    own = next(iter(scores.values()))
+
     def measure(which: np.ndarray) -> dict:
         entry = {"images": int(which.sum())}
-        for name in MAPS:
-            normal, anomalous = scores[name][defects == "good"], scores[name][which]
-            suffix = "" if name == "combined" else f"_{name}"
+        for name, values in scores.items():
+            normal, anomalous = values[defects == "good"], values[which]
+            suffix = "" if values is own else f"_{name}"
             entry[f"image_auroc{suffix}"] = image_auroc(normal, anomalous)
             entry[f"image_ap{suffix}"] = average_precision(normal, anomalous)
-        normal, anomalous = scores["combined"][defects == "good"], scores["combined"][which]
+        normal, anomalous = own[defects == "good"], own[which]
         entry["best_f1"], entry["best_f1_threshold"] = best_f1(normal, anomalous)
         entry["recall_at_fpr_0.05"] = recall_at_fpr(normal, anomalous, 0.05)
         entry["detected"] = float((anomalous > threshold).mean())
@@ -130,7 +138,7 @@ def summarize(scores: dict[str, np.ndarray], samples: list[Sample], category: Ca
     overall = measure(defects != "good")
     if category.layout == "loco":
         overall |= {k: float(np.mean([by_type[t][k] for t in types])) for k in overall if k not in ("images", "best_f1_threshold")}
-    false_alarms = float((scores["combined"][defects == "good"] > threshold).mean())
+    false_alarms = float((own[defects == "good"] > threshold).mean())
     good = {"good_images": int((defects == "good").sum()), "threshold": threshold, "false_alarms": false_alarms}
     return {"category": category.name, **overall, **good, "types": by_type}
 
@@ -181,23 +189,29 @@ def ablation_scores(model: EfficientAD, category: Category) -> list[dict]:
     return entries
 
 
-def score_folder(run: Path, model: EfficientAD, images: str) -> None:
+def scale(model: EfficientAD | SimpleNet) -> tuple[float, float]:
+    """The heat colours' scale: an ordinary position's value, and the threshold in the middle."""
+    return model.floor.item() if isinstance(model, SimpleNet) else 0.0, model.threshold.item()
+
+
+def score_folder(run: Path, model: EfficientAD | SimpleNet, images: str) -> None:
     """Score the images below a folder, with overlays."""
-    device, threshold = model.threshold.device, model.threshold.item()
+    threshold = model.threshold.item()
     folder, rows = run / "images", []
     for path in tqdm(list_images(images, recursive=True), "scoring", unit="image"):
-        image, maps, scores = predict(model, path, device)
-        name = path.relative_to(images)
-        rows.append([str(name), *(f"{scores[m]:.6f}" for m in MAPS), int(scores["combined"] > threshold)])
-        write(folder / "overlays" / f"{name}.png", overlay(image, None, maps, threshold))
-    write(folder / "scores.csv", csv_text(["image", "score", "score_local", "score_global", "anomalous"], rows))
+        image, maps, scores = predict(model, path)
+        name, (score, *parts) = path.relative_to(images), scores.values()
+        rows.append([str(name), *(f"{s:.6f}" for s in (score, *parts)), int(score > threshold)])
+        write(folder / "overlays" / f"{name}.png", overlay(image, None, maps, score, scale(model)))
+    header = ["image", "score", *(f"score_{name}" for name in list(scores)[1:]), "anomalous"]
+    write(folder / "scores.csv", csv_text(header, rows))
     print(f"{sum(row[-1] for row in rows)} of {len(rows)} images above the threshold {threshold:.4f}")
     print(f"wrote {folder / 'scores.csv'} and {folder / 'overlays'}")
 
 
-def evaluate(run: Path, model: EfficientAD, args: argparse.Namespace) -> dict:
+def evaluate(run: Path, model: EfficientAD | SimpleNet, args: argparse.Namespace) -> dict:
     """Evaluate a run on its category's test images, write and print the results; returns what results.json has."""
-    device, threshold = model.threshold.device, model.threshold.item()
+    threshold = model.threshold.item()
     data = args.data or model.training_info.get("data")
     if not data:
         raise DataError(f"{run}: the model does not say what it was trained on; name the category with --data")
@@ -206,17 +220,18 @@ def evaluate(run: Path, model: EfficientAD, args: argparse.Namespace) -> dict:
         raise DataError(f"{category.root}: no test images (test/good, test/<defect>); score a folder with --images DIR")
     rows, full_maps, entries = [], [], []
     for sample in tqdm(category.test, "evaluating", unit="image"):
-        image, maps, scores = predict(model, sample.path, device)
-        name = f"{sample.defect}/{sample.path.stem}"
-        rows.append([name, sample.defect, *(scores[m] for m in MAPS), int(scores["combined"] > threshold)])
+        image, maps, scores = predict(model, sample.path)
+        name, (score, *parts) = f"{sample.defect}/{sample.path.stem}", scores.values()
+        rows.append([name, sample.defect, score, *parts, int(score > threshold)])
         mask = sample.mask(image.size[::-1])
-        entries.append(report_entry(name, image, mask, maps, threshold) | {"defect": sample.defect})
-        write(run / "overlays" / f"{name}.png", overlay(image, mask, maps, threshold))
-        full_map = Image.fromarray(maps["combined"]).resize(image.size, Image.Resampling.BILINEAR)
+        entry = {"name": name, "defect": sample.defect, "score": score}
+        entries.append(entry | report_entry(image, mask, maps, scale(model)))
+        write(run / "overlays" / f"{name}.png", overlay(image, mask, maps, score, scale(model)))
+        full_map = Image.fromarray(next(iter(maps.values()))).resize(image.size, Image.Resampling.BILINEAR)
         full_maps.append(np.asarray(full_map))
         if args.tiff:
             write(run / "anomaly_maps" / category.name / "test" / f"{name}.tiff", full_map)
-    scores = {name: np.array([row[2 + i] for row in rows]) for i, name in enumerate(MAPS)}
+    scores = {name: np.array([row[2 + i] for row in rows]) for i, name in enumerate(scores)}
     results = summarize(scores, category.test, category, threshold)
     key, _, limit = LOCALIZATION[category.layout == "loco"]
     areas_by_type, curves = localization(full_maps, category.test, category)
@@ -225,20 +240,24 @@ def evaluate(run: Path, model: EfficientAD, args: argparse.Namespace) -> dict:
         results["pixel_auroc"], results["pixel_ap"] = pixel_metrics(full_maps, masks)
     for name, areas in areas_by_type.items():
         (results if name == "overall" else results["types"][name]).update({key: areas[limit], f"{key}_by_limit": areas})
-    info = {k: model.training_info.get(k) for k in ("size", "image_size", "steps", "seed", "precision", "category")}
-    results["training"] = info
+    keys = ("backbone", "noise", "adaptor", "layers") if isinstance(model, SimpleNet) else ("size",)
+    info = {"model": "simplenet" if isinstance(model, SimpleNet) else "efficientad", **{k: model.config[k] for k in keys}}
+    info |= {k: model.training_info.get(k) for k in ("image_size", "steps", "epochs", "seed", "precision", "category")}
+    results |= {"training": info, "floor": scale(model)[0]}
     if model.training_info.get("ablation"):
-        results["ablation"] = ablation_scores(model, category)
-    write(run / "scores.csv", csv_text(["image", "defect", "score", "score_local", "score_global", "anomalous"], rows))
+        results["ablation"] = [] if isinstance(model, SimpleNet) else ablation_scores(model, category)
+    header = ["image", "defect", "score", *(f"score_{name}" for name in list(scores)[1:]), "anomalous"]
+    write(run / "scores.csv", csv_text(header, rows))
     cells = results_table(results)
     write(run / "results.md", table(cells) + "\n")
-    origin = ", ".join(f"{k} {v}" for k, v in info.items() if k != "category")
+    origin = ", ".join(f"{k} {v}" for k, v in info.items() if k != "category" and v is not None)
     write(run / "report.html", html_report(results, origin, cells, entries, curves))
-    write(run / "results.json", json.dumps(results, indent=1) + "\n")  # last: with it the evaluation counts as done
+    text = json.dumps(results, indent=1) + "\n"
+    write(run / "results.json", text)  # last: with it the evaluation counts as done
     print(table(cells))
     print(f"percent; the threshold {threshold:.4f} is the highest score of the validation images")
     print(f"wrote {run / 'report.html'}, results.json, results.md, scores.csv and overlays/")
-    return results
+    return json.loads(text)
 
 
 def evaluate_runs(folder: Path, runs: list[Path], args: argparse.Namespace) -> None:
@@ -277,8 +296,10 @@ def evaluate_runs(folder: Path, runs: list[Path], args: argparse.Namespace) -> N
         raise SystemExit(1)
 
 
-def load(run: Path, device: torch.device) -> EfficientAD:
-    model = EfficientAD.load(str(run / "model.pt"))
+def load(run: Path, device: torch.device) -> EfficientAD | SimpleNet:
+    """The run's calibrated model on the device; the file says which of the two it is."""
+    path = str(run / "model.pt")
+    model = (SimpleNet if read_checkpoint(path).get("format") == "simplenet" else EfficientAD).load(path)
     if not model.threshold.isfinite():
         raise ModelError(f"{run / 'model.pt'}: not calibrated; train it with train.py, or call model.calibrate before saving")
     return model.to(device, memory_format=torch.channels_last)

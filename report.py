@@ -24,13 +24,16 @@ COLLECTIONS = {
 LOGICAL, STRUCTURAL = "logical_anomalies/image_auroc", "structural_anomalies/image_auroc"
 COLUMNS = {"image_auroc": "image AU-ROC", LOGICAL: "logical", STRUCTURAL: "structural", "au_pro": "AU-PRO 0.3",
            "au_spro": "AU-sPRO 0.05", "pixel_auroc": "pixel AU-ROC", "image_ap": "image AP"}  # fmt: skip
-PAPER = {  # percent; (size, collection or category): tables 1 and 2 and, for two categories, the supplementary material
+PAPER = {  # percent; (variant, collection or category): tables 1 and 2 and, for two categories, the supplementary material
     ("small", "MVTec AD"): {"image_auroc": 98.8},
     ("small", "VisA"): {"image_auroc": 97.5},
     ("small", "MVTec LOCO"): {"image_auroc": 90.0, LOGICAL: 85.8, STRUCTURAL: 94.1},
     ("medium", "MVTec AD"): {"image_auroc": 99.1},
     ("medium", "VisA"): {"image_auroc": 98.1},
     ("medium", "MVTec LOCO"): {"image_auroc": 90.7, LOGICAL: 86.8, STRUCTURAL: 94.7},
+    ("simplenet", "MVTec AD"): {"image_auroc": 98.2},  # SimpleNet as EfficientAD's authors measured it, with wide_resnet50_2
+    ("simplenet", "VisA"): {"image_auroc": 87.9},
+    ("simplenet", "MVTec LOCO"): {"image_auroc": 77.6},
     ("small", "bottle"): {"image_auroc": 99.9, "au_pro": 95.2},
     ("small", "screw"): {"image_auroc": 97.9, "au_pro": 95.6},
 }
@@ -64,6 +67,26 @@ ABLATION = {  # table: (row, the paper's AU-ROC, p_hard, penalty?, map normaliza
 }
 
 
+SIMPLENET_DEFAULTS = {"noise": 0.015, "adaptor": True, "layers": [2, 3]}  # the options of SimpleNet's ablation
+
+
+def variant(result: dict) -> str:
+    """What was trained: EfficientAD's size "small" or "medium", or "simplenet"."""
+    return "simplenet" if result["training"].get("model") == "simplenet" else result["training"]["size"]
+
+
+def label(training: dict) -> str:
+    """A run's "training" -> the model's name."""
+    if training.get("model") == "simplenet":
+        return f"SimpleNet ({training['backbone']})"
+    return f"EfficientAD-{training['size'][0].upper()}"
+
+
+def duration(training: dict) -> str:
+    """A run's "training" -> how long it trained: SimpleNet's number of steps depends on the category, its epochs do not."""
+    return f"{training['epochs']} epochs" if training.get("epochs") else f"{training['steps']} steps"
+
+
 def normalizations(p_hard: float, penalty: bool) -> list[tuple[float, float] | None]:
     """The map normalizations under which the tables want a training with these options."""
     return list(dict.fromkeys(n for rows in ABLATION.values() for _, _, p, q, n in rows if (p, q) == (p_hard, penalty)))
@@ -82,13 +105,13 @@ def cell(entry: dict | None) -> str:
 
 
 def summarize_collection(results: list[dict], size: str) -> dict:
-    """Contents of results.json of several runs -> those of one size as {"collection", "size", "steps", "categories": {name:
-    {"seeds", metric: `spread`}}, "mean": {"seeds", metric: `spread`}, "paper": {name: {metric: percent}}}.
+    """Contents of results.json of several runs -> those of one `variant` as {"collection", "size", "steps", "name", "categories":
+    {name: {"seeds", metric: `spread`}}, "mean": {"seeds", metric: `spread`}, "paper": {name: {metric: percent}}}.
 
     The mean is over categories, seed by seed, and its spread over the seeds that every category has (None without one); a metric
     that a category lacks has no mean. A LOCO category's own value is already the mean of logical and structural (evaluate.py).
     "collection" is None unless the categories are exactly those of one. Raises ValueError for two runs of one category and seed."""
-    results = [r for r in results if r["training"]["size"] == size]
+    results = [r for r in results if variant(r) == size]
     runs = {(r["category"], r["training"]["seed"]): r for r in results}
     if len(runs) < len(results):
         raise ValueError(f"two {size} runs of one category with the same seed; move one elsewhere")
@@ -111,27 +134,36 @@ def summarize_collection(results: list[dict], size: str) -> dict:
         values = [[value(name, seed, metric) for name in names] for seed in common]
         if all(v is not None for row in values for v in row):
             overall[metric] = spread([mean(row) for row in values])
+    durations = sorted({duration(r["training"]) for r in results})
     return {"collection": collection, "size": size, "steps": sorted({r["training"]["steps"] for r in results}),
+            "name": f"{'/'.join(sorted({label(r['training']) for r in results}))}, {' or '.join(durations)}",
             "categories": categories, "mean": overall,
             "paper": {name: PAPER.get((size, name), {}) for name in [*names, *([collection] if collection else [])]}}  # fmt: skip
 
 
-def collection_rows(summary: dict) -> list[list[str]]:
-    """Rows for evaluate.table, the first one the header: a row for each category, then their mean; a column of the paper's values
-    follows each metric that has any."""
-    entries, paper, name = dict(summary["categories"]), summary["paper"], summary["collection"]
-    mean_row = f"mean of {name}" if name else f"mean of these {len(entries)}"
-    paper = {**paper, mean_row: paper.get(name, {})}
-    entries[mean_row] = summary["mean"] or {"seeds": []}
-    metrics = [m for m in COLUMNS if any(m in e for e in entries.values())]
-    with_paper = {m for m in metrics if m == "image_auroc" or any(m in p for p in paper.values())}
-    rows = [["percent", "runs"] + [c for m in metrics for c in ([COLUMNS[m], "paper"] if m in with_paper else [COLUMNS[m]])]]
-    for row, entry in entries.items():
-        rows.append([row, str(len(entry["seeds"]))])
+def collection_rows(*summaries: dict) -> list[list[str]]:
+    """Rows for `table`, the first one the header: a row for each category, then their mean; a column of the paper's values
+    follows each metric that has any. Several summaries, of different models, stand side by side: a row for each model."""
+    rows = {}  # (category or mean, model): (metrics, the paper's)
+    for summary in summaries:
+        collection, entries = summary["collection"], summary["categories"]
+        rows |= {(name, summary["name"]): (entry, summary["paper"][name]) for name, entry in entries.items()}
+    names = list(dict.fromkeys(name for name, _ in rows))
+    for summary in summaries:
+        collection = summary["collection"]
+        name = f"mean of {collection}" if collection else f"mean of these {len(summary['categories'])}"
+        rows[name, summary["name"]] = (summary["mean"] or {"seeds": []}, summary["paper"].get(collection, {}))
+    order = {name: i for i, name in enumerate(names)}
+    metrics = [m for m in COLUMNS if any(m in entry for entry, _ in rows.values())]
+    with_paper = {m for m in metrics if m == "image_auroc" or any(m in published for _, published in rows.values())}
+    header = [c for m in metrics for c in ([COLUMNS[m], "paper"] if m in with_paper else [COLUMNS[m]])]
+    cells = [["percent", *(["model"] if len(summaries) > 1 else []), "runs", *header]]
+    for (name, model), (entry, published) in sorted(rows.items(), key=lambda row: order.get(row[0][0], len(order))):
+        cells.append([name, *([model] if len(summaries) > 1 else []), str(len(entry["seeds"]))])
         for m in metrics:
-            published = paper[row].get(m)
-            rows[-1] += [cell(entry.get(m))] + ([f"{published:.1f}" if published else "–"] if m in with_paper else [])
-    return rows
+            value = f"{published[m]:.1f}" if m in published else "–"
+            cells[-1] += [cell(entry.get(m)), *([value] if m in with_paper else [])]
+    return cells
 
 
 def ablation_rows(results: list[dict]) -> dict[str, list[dict]]:
@@ -150,28 +182,48 @@ def ablation_rows(results: list[dict]) -> dict[str, list[dict]]:
     }
 
 
+def simplenet_ablation_rows(results: list[dict]) -> dict[str, list[dict]]:
+    """The same for SimpleNet: runs that differ from the defaults in one option, by this option. The paper's values are not known
+    here; [{"row", metric: `spread`}] has AU-PRO or AU-sPRO too where there are masks."""
+    tables = {}
+    for option, default in SIMPLENET_DEFAULTS.items():
+        others = {k: v for k, v in SIMPLENET_DEFAULTS.items() if k != option}
+        chosen = [r for r in results if all(r["training"][k] == v for k, v in others.items())]
+        values = sorted({json.dumps(r["training"][option]) for r in chosen}, key=json.loads)
+        rows = []
+        for value in values:
+            runs = [r for r in chosen if json.dumps(r["training"][option]) == value]
+            metrics = [m for m in ("image_auroc", "au_pro", "au_spro") if all(m in r for r in runs)]
+            name = f"{option} {value}" + (" (default)" if value == json.dumps(default) else "")
+            rows.append({"row": name, **{m: spread([r[m] for r in runs]) for m in metrics}})
+        tables[f"SimpleNet, {option}"] = rows
+    return tables
+
+
 def summarize_runs(results: list[dict]) -> tuple[dict, dict[str, list[list[str]]]]:
-    """Contents of results.json of the runs in a folder -> (numbers, {title: rows of a table}): tables 3 to 5 if they are an
-    ablation's, else a table for each size. Raises ValueError for runs that do not belong together."""
+    """Contents of results.json of the runs in a folder -> (numbers, {title: rows of a table}): tables 3 to 5, or SimpleNet's, if
+    they are an ablation's, else one table. Raises ValueError for runs that do not belong together."""
     ablation = [r for r in results if "ablation" in r]
     if not ablation:
-        sections, content = {}, {"collections": []}
-        for size in sorted({r["training"]["size"] for r in results}):
-            summary = summarize_collection(results, size)
-            name, steps = summary["collection"] or "Collection", "/".join(map(str, summary["steps"]))
-            sections[f"{name}, EfficientAD-{size[0].upper()}, {steps} steps"] = collection_rows(summary)
-            content["collections"].append(summary)
-        return content, sections
-    kinds = {(r["category"], r["training"]["size"], r["training"]["steps"]) for r in results}
+        known = {variant(r) for r in results}
+        summaries = [summarize_collection(results, v) for v in ("small", "medium", "simplenet") if v in known]
+        names = sorted({summary["collection"] or "Collection" for summary in summaries})
+        title = f"{' and '.join(names)}, {'; '.join(summary['name'] for summary in summaries)}"
+        return {"collections": summaries}, {title: collection_rows(*summaries)}
+    kinds = {(r["category"], variant(r), label(r["training"]), duration(r["training"])) for r in results}
     if len(ablation) < len(results) or len(kinds) > 1:
-        raise ValueError("an ablation's runs are of one category, size and number of steps; move the others elsewhere")
-    category, size, steps = kinds.pop()
-    tables, header = ablation_rows(ablation), ["image AU-ROC, percent", "paper", f"{category}, {size[0].upper()}"]
-    content = {"category": category, "size": size, "steps": steps, "tables": tables}
-    return content, {
-        f"{title}; ours: {steps} steps": [header, *([r["row"], f"{r['paper']:.1f}", cell(r["ours"])] for r in rows)]
-        for title, rows in tables.items()
-    }
+        raise ValueError("an ablation's runs are of one category, model and number of steps; move the others elsewhere")
+    category, size, name, steps = kinds.pop()
+    if size == "simplenet":
+        tables = simplenet_ablation_rows(results)
+        metrics = [m for m in ("image_auroc", "au_pro", "au_spro") if any(m in r for r in results)]
+        header = [f"{category}, percent", *(COLUMNS[m] for m in metrics)]
+        rows = {title: [[r["row"], *(cell(r.get(m)) for m in metrics)] for r in rows] for title, rows in tables.items()}
+    else:
+        tables, header = ablation_rows(ablation), ["image AU-ROC, percent", "paper", f"{category}, {size[0].upper()}"]
+        rows = {title: [[r["row"], f"{r['paper']:.1f}", cell(r["ours"])] for r in rows] for title, rows in tables.items()}
+    content = {"category": category, "size": size, "steps": results[0]["training"]["steps"], "tables": tables}
+    return content, {f"{title}; ours: {steps}": [header, *body] for title, body in rows.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------------ one run
@@ -192,10 +244,18 @@ def heat(values: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(position, range(len(stops)), stops[:, c]) for c in range(3)], -1).astype(np.uint8)
 
 
-def overlay(image: Image.Image, mask: np.ndarray | None, maps: dict[str, np.ndarray], threshold: float) -> Image.Image:
-    """One row: input, mask (if given), and the input under each map's heat colours, on one scale for every picture of a run: from
-    0 (q_a) to twice the threshold, so that the threshold is in the middle."""
-    side, score = 256, maps["combined"].max()
+def heat_scale(values: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
+    """Map -> `heat`'s 0–1, where `scale` is (an ordinary position's value -> 0, the threshold -> 0.5)."""
+    floor, threshold = scale
+    return (values - floor) / (2 * max(threshold - floor, 1e-6))
+
+
+def overlay(
+    image: Image.Image, mask: np.ndarray | None, maps: dict[str, np.ndarray], score: float, scale: tuple[float, float]
+) -> Image.Image:
+    """One row: input, mask (if given), and the input under each map's heat colours, on one `heat_scale` for every picture of a
+    run. Above the first map stands the image's verdict."""
+    side, threshold = 256, scale[1]
     size = (side, max(1, round(side * image.height / image.width)))
     image = image.resize(size, Image.Resampling.BILINEAR)
     panels = [("input", image)]
@@ -203,15 +263,15 @@ def overlay(image: Image.Image, mask: np.ndarray | None, maps: dict[str, np.ndar
         panels.append(("mask", Image.fromarray(mask).convert("RGB").resize(size)))
     for name, values in maps.items():
         values = np.asarray(Image.fromarray(values.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
-        scale = values / (2 * max(threshold, 1e-6))
-        weight = np.clip(scale * 2, 0, 0.8)[..., None]
-        panels.append((name, Image.fromarray((np.asarray(image) * (1 - weight) + heat(scale) * weight).astype(np.uint8))))
+        values = heat_scale(values, scale)
+        weight = np.clip(values * 2, 0, 0.8)[..., None]
+        panels.append((name, Image.fromarray((np.asarray(image) * (1 - weight) + heat(values) * weight).astype(np.uint8))))
     sheet = Image.new("RGB", (len(panels) * (side + 4) - 4, size[1] + 18), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (name, panel) in enumerate(panels):
         sheet.paste(panel, (i * (side + 4), 18))
-        if name == "combined":
-            name = f"combined: score {score:.3f} {'>' if score > threshold else '<='} threshold {threshold:.3f}"
+        if name == next(iter(maps)):
+            name += f": score {score:.3f} {'>' if score > threshold else '<='} threshold {threshold:.3f}"
         draw.text((i * (side + 4) + 4, 3), name, "black")
     return sheet
 
@@ -222,16 +282,16 @@ def data_uri(image: Image.Image, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
-def report_entry(name: str, image: Image.Image, mask: np.ndarray, maps: dict[str, np.ndarray], threshold: float) -> dict:
+def report_entry(image: Image.Image, mask: np.ndarray, maps: dict[str, np.ndarray], scale: tuple[float, float]) -> dict:
     """A test image in the report: its input as JPEG, its maps as translucent 64-pixel PNGs (the browser enlarges them), on the
     scale of `overlay`, and the outline of its mask. About 25 KB."""
     size = (240, max(1, round(240 * image.height / image.width)))
-    entry = {"name": name, "score": float(maps["combined"].max()), "input": data_uri(image.resize(size), "jpeg")}
+    entry = {"input": data_uri(image.resize(size), "jpeg")}
     for key, values in maps.items():
         small = Image.fromarray(values.astype(np.float32)).resize((64, max(1, 64 * size[1] // size[0])), Image.Resampling.BOX)
-        scale = np.asarray(small) / (2 * max(threshold, 1e-6))
-        alpha = (255 * np.clip(scale * 2, 0, 0.8)).astype(np.uint8)
-        entry[key] = data_uri(Image.fromarray(np.dstack([heat(scale), alpha])), "png")
+        values = heat_scale(np.asarray(small), scale)
+        alpha = (255 * np.clip(values * 2, 0, 0.8)).astype(np.uint8)
+        entry[key] = data_uri(Image.fromarray(np.dstack([heat(values), alpha])), "png")
     if mask.any():
         inside = Image.fromarray(mask).convert("L").resize(size, Image.Resampling.BILINEAR).point(lambda v: 255 if v > 127 else 0)
         edge = ImageChops.difference(inside.filter(ImageFilter.MaxFilter(3)), inside)
@@ -244,7 +304,8 @@ def report_entry(name: str, image: Image.Image, mask: np.ndarray, maps: dict[str
 def results_table(results: dict) -> list[list[str]]:
     columns = {"image_auroc": "image AU-ROC", "image_auroc_local": "local only", "image_auroc_global": "global only",
                "image_ap": "AP", "detected": "above threshold"}  # fmt: skip
-    columns |= {key: f"{name} {limit}" for key, name, limit in LOCALIZATION.values() if key in results}
+    columns |= {key: f"{name} {limit}" for key, name, limit in LOCALIZATION.values()}
+    columns = {key: name for key, name in columns.items() if key in results}
     rows = [[results["category"], "images", *columns.values()]]
     for name, entry in {**results["types"], "overall": results}.items():
         rows.append([name, str(entry["images"]), *(f"{100 * entry[c]:.1f}" for c in columns)])
@@ -260,7 +321,9 @@ def html_report(results: dict, run: str, rows: list[list[str]], entries: list[di
     _, name, limit = LOCALIZATION["au_spro" in results]
     grid = float(limit) * np.linspace(0, 1, 150) ** 2  # curves have up to millions of points
     pro = {t: [[round(x, 5), round(float(np.interp(x, *c)), 4)] for x in grid.tolist()] for t, c in curves.items()}
-    content = {"category": results["category"], "threshold": results["threshold"], "run": run, "table": rows, "roc": roc,
+    maps = [key for key in entries[0] if key in ("combined", "local", "global", "anomaly")]
+    content = {"category": results["category"], "model": label(results["training"]), "maps": maps,
+               "threshold": results["threshold"], "floor": results["floor"], "run": run, "table": rows, "roc": roc,
                "pro": pro, "pro_name": name, "pro_limit": float(limit), "images": entries}  # fmt: skip
     template = (Path(__file__).parent / "assets/report.html").read_text(encoding="utf-8")
     return template.replace("@DATA@", json.dumps(content).replace("<", "\\u003c"))

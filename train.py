@@ -7,6 +7,7 @@
     python train.py --data mvtec --seeds 0,1,2       # every category × seed; the same command goes on after an interruption
     torchrun --nproc-per-node 4 train.py --data visa # the same, shared by four GPUs
     python train.py --data mvtec/bottle --ablation   # the trainings behind the paper's tables 3 to 5
+    python train.py --model simplenet --data mvtec/bottle --backbone-weights FILE    # SimpleNet, arXiv 2303.15140
 
 Every random choice of a step is a function of the seed and the step's number, so a resumed run equals an uninterrupted one.
 """
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from backbone import ARCHITECTURES
 from data import DataError, Images, PhotographCrops, list_categories, list_images, open_category
 from efficientad import (
     CHANNELS,
@@ -41,6 +43,7 @@ from efficientad import (
     read_checkpoint,
     write_checkpoint,
 )
+from simplenet import CachedFeatures, SimpleNet, crop_size
 
 PAPER_STEPS, CPU_STEPS = 70000, 1500
 PAPER_LR, SHORT_LR = 1e-4, 3e-4  # for runs below 10,000 steps: learned faster on bottle
@@ -54,6 +57,17 @@ ABLATION = {  # the distinct trainings behind tables 3 to 5; rows about map norm
     "p_hard-0.99999": {"p_hard": 0.99999},
     "no-penalty": {"pretraining_images": "none"},
     "p_hard-0-no-penalty": {"p_hard": 0.0, "pretraining_images": "none"},
+}
+SIMPLENET_EPOCHS, SIMPLENET_CPU_EPOCHS = 160, 40
+SIMPLENET_ABLATION = {
+    "default": {},
+    **{f"noise-{noise}": {"noise": noise} for noise in (0.0015, 0.005, 0.05, 0.15)},
+    "no-adaptor": {"no_adaptor": True},
+    **{f"layers-{'-'.join(map(str, layers))}": {"layers": layers} for layers in ([2], [3], [1, 2, 3])},
+}
+OWN_OPTIONS = {  # of one model alone
+    "efficientad": ("size", "teacher", "pretraining_images", "padding", "p_hard", "a", "b", "map_normalization"),
+    "simplenet": ("backbone", "backbone_weights", "epochs", "noise", "no_adaptor", "layers"),
 }
 
 
@@ -69,18 +83,26 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--categories", metavar="A,B", help="of a folder of categories only these")
     p.add_argument("--seeds", type=integers, metavar="0,1,2", help="a run for each seed, into runs/DATA/ as well")
     p.add_argument("--ablation", action="store_true", help="the trainings that the paper's tables 3 to 5 need on a category, into"
-                   " runs/DATA-SIZE-ablation/")
+                   " runs/DATA-SIZE-ablation/; for SimpleNet noise, adaptor and layers")
+    p.add_argument("--model", choices=["efficientad", "simplenet"], help="default efficientad")
     p.add_argument("--size", choices=["small", "medium"], help="EfficientAD-S (default) or EfficientAD-M")
     p.add_argument("--steps", type=int, help=f"default {PAPER_STEPS} as in the paper; {CPU_STEPS} without a GPU")
+    p.add_argument("--epochs", type=int, help=f"SimpleNet, instead of --steps: default {SIMPLENET_EPOCHS} as in the paper;"
+                   f" {SIMPLENET_CPU_EPOCHS} without a GPU")
+    p.add_argument("--backbone", choices=ARCHITECTURES, help="SimpleNet: default wide_resnet50_2, the paper's")
+    p.add_argument("--backbone-weights", metavar="FILE", help="SimpleNet: torchvision's weight file of the backbone")
+    p.add_argument("--noise", type=float, help="SimpleNet: standard deviation of the noise on features; default 0.015")
+    p.add_argument("--no-adaptor", action="store_true", help="SimpleNet: without the feature adaptor")
+    p.add_argument("--layers", type=integers, metavar="2,3", help="SimpleNet: layers of the backbone, of 1, 2, 3; default 2,3")
     p.add_argument("--teacher", help="teacher file; default weights/teacher_SIZE.pt beside this script")
     p.add_argument("--pretraining-images", help="folder of photos for the pretraining penalty, or 'none' for no penalty;"
                    " default: random crops of the two photographs that scikit-learn ships")
     p.add_argument("--image-size", type=int, nargs="+", help="H W, or one number for both; multiples of 32 from 128;"
-                   " default 256, but 128 for the demo set")
+                   " default 256, but 128 for the demo set; SimpleNet: anything from 64, default 329, but 128")
     p.add_argument("--padding", action="store_true", help="zero padding inside teacher and student; the paper has none")
-    p.add_argument("--batch-size", type=int, help="default 1, the paper's")
+    p.add_argument("--batch-size", type=int, help="default 1, the paper's; SimpleNet 8")
     p.add_argument("--lr", type=float, help="Adam's learning rate, × 0.1 at 95 %% of the steps; default 1e-4 as in the paper;"
-                   " 3e-4 below 10,000 steps")
+                   " 3e-4 below 10,000 steps; SimpleNet: the adaptor's, constant, default 1e-4; the discriminator's is twice that")
     p.add_argument("--p-hard", type=float, help="mining factor of the hard feature loss; default 0.999; 0 disables it")
     p.add_argument("--a", type=float, help="map normalization: the quantile that becomes 0; default 0.9")
     p.add_argument("--b", type=float, help="map normalization: the quantile that becomes 0.1; default 0.995")
@@ -93,10 +115,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--checkpoint-every", type=float, metavar="SECONDS", help="default 60")
     p.add_argument("--resume", metavar="DIR", help="go on with the interrupted run in this folder; takes no other option")
     given = vars(p.parse_args(argv))
-    defaults = dict(data="demo", categories=None, seeds=None, ablation=False, size="small", steps=None, teacher=None,
-                    pretraining_images=None, image_size=None, padding=False, batch_size=1, lr=None, p_hard=0.999, a=0.9, b=0.995,
-                    map_normalization="quantile", seed=0, device=None, precision="auto", out=None, checkpoint_every=60.0,
-                    resume=None)  # fmt: skip
+    defaults = dict(data="demo", categories=None, seeds=None, ablation=False, model="efficientad", size="small", steps=None,
+                    teacher=None, pretraining_images=None, image_size=None, padding=False, batch_size=None, lr=None, p_hard=0.999,
+                    a=0.9, b=0.995, map_normalization="quantile", seed=0, device=None, precision="auto", out=None,
+                    checkpoint_every=60.0, resume=None, epochs=None, backbone="wide_resnet50_2", backbone_weights=None,
+                    noise=0.015, no_adaptor=False, layers=[2, 3])  # fmt: skip
 
     if "resume" in given:
         if len(given) > 1:
@@ -112,17 +135,33 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
     args = argparse.Namespace(**{**defaults, **given})
     args.device = str(pick_device(args.device))
-    if args.steps is None:
+    simplenet = args.model == "simplenet"
+    foreign = [k for name, own in OWN_OPTIONS.items() if name != args.model for k in own if k in given]
+    if foreign:
+        p.error(f"--{foreign[0].replace('_', '-')} is no option of --model {args.model}")
+    if simplenet:
+        if args.epochs is None and args.steps is None:
+            args.epochs = SIMPLENET_EPOCHS if args.device.startswith("cuda") else SIMPLENET_CPU_EPOCHS
+        if args.steps is not None and args.epochs is not None:
+            p.error("give --steps or --epochs")
+        if (args.epochs is not None and args.epochs < 1) or not args.noise >= 0:
+            p.error("need --epochs >= 1 and --noise >= 0")
+        if args.layers != sorted(set(args.layers) & {1, 2, 3}):
+            p.error("--layers takes some of 1,2,3 in this order")
+    elif args.steps is None:
         args.steps = PAPER_STEPS if args.device.startswith("cuda") else CPU_STEPS
+    if args.batch_size is None:
+        args.batch_size = 8 if simplenet else 1
     if args.lr is None:
-        args.lr = PAPER_LR if args.steps >= 10000 else SHORT_LR
-    size = args.image_size or [128 if args.data == "demo" else 256]
+        args.lr = PAPER_LR if simplenet or args.steps >= 10000 else SHORT_LR
+    size = args.image_size or [128 if args.data == "demo" else 329 if simplenet else 256]
     args.image_size = [size[0], size[-1]]
     try:
-        check_image_size(tuple(size) if len(size) <= 2 else (0, 0))
+        (crop_size if simplenet else check_image_size)(tuple(size) if len(size) <= 2 else (0, 0))
     except ValueError as error:
         p.error(f"--image-size: {error}")
-    if args.steps < 1 or args.batch_size < 1 or not args.lr > 0 or min([args.seed, *(args.seeds or [])]) < 0:
+    steps = 1 if args.steps is None else args.steps  # SimpleNet: from --epochs, when the number of images is known
+    if steps < 1 or args.batch_size < 1 or not args.lr > 0 or min([args.seed, *(args.seeds or [])]) < 0:
         p.error("need --steps >= 1, --batch-size >= 1, --lr > 0 and --seed >= 0")
     if not 0 <= args.p_hard <= 1 or not 0 <= args.a < args.b <= 1:
         p.error("need 0 <= --p-hard <= 1 and 0 <= --a < --b <= 1")
@@ -130,15 +169,30 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         p.error("give --seed or --seeds")
     if args.ablation and (given.keys() & {"p_hard", "a", "b", "map_normalization"} or args.pretraining_images == "none"):
         p.error("--ablation chooses --p-hard, --a, --b, --map-normalization and --pretraining-images none by itself")
+    if args.ablation and given.keys() & {"noise", "no_adaptor", "layers"}:
+        p.error("--ablation chooses --noise, --no-adaptor and --layers by itself")
     if args.precision == "auto":
         device = torch.device(args.device)
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bf16(device)
         args.precision = "bf16" if bf16 else "fp32"
+    if simplenet:
+        file = f"torchvision's weight file of {args.backbone}"
+        file += " (wide_resnet50_2-95faca4d.pth)" if args.backbone == "wide_resnet50_2" else ""
+        if not args.backbone_weights:
+            raise ModelError(f"--model simplenet needs --backbone-weights FILE: {file}; or --backbone and the file of another one")
+        if not Path(args.backbone_weights).exists():
+            raise ModelError(f"{args.backbone_weights}: no such file; --backbone-weights takes {file}")
+        return args
     args.teacher = args.teacher or str(Path(__file__).parent / "weights" / f"teacher_{args.size}.pt")
     if not Path(args.teacher).exists():
         raise ModelError(f"{args.teacher}: no such teacher; make one with: python distill.py --size {args.size} --images PHOTOS"
                          " --backbone-weights FILE (see weights/README.md), and name it with --teacher")  # fmt: skip
     return args
+
+
+def variant(args: argparse.Namespace) -> str:
+    """What is trained, in folder names."""
+    return "simplenet" if args.model == "simplenet" else args.size
 
 
 def new_run_folder(args: argparse.Namespace, name: str) -> Path:
@@ -150,7 +204,7 @@ def new_run_folder(args: argparse.Namespace, name: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     for i in range(1, 10000):
-        folder = Path("runs") / (f"{name}-{args.size}" + (f"-{i}" if i > 1 else ""))
+        folder = Path("runs") / (f"{name}-{variant(args)}" + (f"-{i}" if i > 1 else ""))
         try:
             folder.mkdir(parents=True)
             return folder
@@ -215,20 +269,20 @@ def turn_gray(images: Tensor, gray: Tensor) -> Tensor:
     return torch.where(gray != 0, luma(images), images)
 
 
-def make_optimizer(model: EfficientAD, lr: float) -> torch.optim.Adam:
-    """On a GPU the learning rate is a tensor there: a CUDA graph reads it anew every step."""
-    parameters, device = [*model.student.parameters(), *model.autoencoder.parameters()], model.threshold.device
+def make_optimizer(groups: list[dict], device: torch.device) -> torch.optim.Adam:
+    """Adam over groups {"params", "lr"}. On a GPU the learning rate is a tensor there: a CUDA graph reads it anew every step."""
     cuda = device.type == "cuda"
-    rate = torch.tensor(lr, device=device) if cuda else lr
-    return torch.optim.Adam(parameters, lr=rate, weight_decay=1e-5, fused=True, capturable=cuda)
+    groups = [{**g, "lr": torch.tensor(g["lr"], device=device) if cuda else g["lr"], "full_lr": g["lr"]} for g in groups]
+    return torch.optim.Adam(groups, weight_decay=1e-5, fused=True, capturable=cuda)
 
 
-def set_rate(optimizer: torch.optim.Adam, rate: float) -> None:
+def set_rate(optimizer: torch.optim.Adam, factor: float) -> None:
+    """Every group's learning rate: `factor` times what it began with."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
+            group["lr"].fill_(group["full_lr"] * factor)
         else:
-            group["lr"] = rate
+            group["lr"] = group["full_lr"] * factor
 
 
 @torch.no_grad()
@@ -246,7 +300,7 @@ class Step:
     """The training step. Called with a batch it trains on it and returns the losses by name, tensors that the next call overwrites.
     The batch, on whatever device, in the same shapes each time: images I and photos P (absent: no penalty) uint8 N×3×H×W; draws,
     see `draw`; teacher N×h×w×384, the teacher's output for I (absent: computed). It is copied to fixed buffers, so that all the
-    rest is one CUDA graph on a GPU; nothing waits for the device."""
+    rest is one CUDA graph on a GPU; nothing waits for the device. SimpleNet's batch has "features", N×1536×h×w, alone."""
 
     def __init__(self, model: EfficientAD, optimizer: torch.optim.Adam, precision: str, p_hard: float = 0.999):
         self.model, self.optimizer, self.precision, self.p_hard = model, optimizer, precision, p_hard
@@ -261,12 +315,17 @@ class Step:
             self.buffers[name].copy_(x, non_blocking=True)
         return self.graph()
 
-    def compute(self) -> dict[str, Tensor]:
+    def losses(self) -> dict[str, Tensor]:
+        if "features" in self.buffers:
+            return self.model.losses(self.buffers["features"])
         images, (gray, factor, kind) = self.buffers["images"], self.buffers["draws"]
         photos = turn_gray(self.buffers["photos"], gray) if "photos" in self.buffers else None
         teacher = self.buffers["teacher"].permute(0, 3, 1, 2) if "teacher" in self.buffers else None
+        return self.model.losses(images, augment(images, factor, kind), photos, self.p_hard, teacher)
+
+    def compute(self) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            losses = self.model.losses(images, augment(images, factor, kind), photos, self.p_hard, teacher)
+            losses = self.losses()
         self.optimizer.zero_grad()
         sum(losses.values()).backward()
         self.optimizer.step()
@@ -282,7 +341,11 @@ def train(args: argparse.Namespace) -> Path:
     # Data: normal images only, a tenth of them (or the set's own validation images) held out for calibration.
     category = open_category(args.data)
     training, validation = (Images(paths, size) for paths in category.split(args.seed))
-    if args.pretraining_images == "none":
+    simplenet = args.model == "simplenet"
+    if simplenet:
+        pretraining, penalty = None, f"SimpleNet on {args.backbone}"
+        args.steps = args.steps or math.ceil(args.epochs * len(training) / args.batch_size)
+    elif args.pretraining_images == "none":
         pretraining, penalty = None, "no pretraining penalty"
     elif args.pretraining_images:
         paths = list_images(args.pretraining_images, recursive=True)
@@ -294,14 +357,21 @@ def train(args: argparse.Namespace) -> Path:
 
     # Model: new, or as an interrupted run left it.
     torch.manual_seed(args.seed)
-    model = EfficientAD(size=args.size, image_size=size, padding=args.padding)
+    if simplenet:
+        options = dict(backbone=args.backbone, layers=args.layers, adaptor=not args.no_adaptor, noise=args.noise)
+        model = SimpleNet(image_size=size, **options)
+    else:
+        model = EfficientAD(size=args.size, image_size=size, padding=args.padding)
     folder, start, seconds = Path(args.resume or "."), 0, 0.0
     if args.resume:
         state = read_checkpoint(str(folder / "resume.pt"))
         model.load_state_dict(state["model"])
         start, seconds = state["step"], state["seconds"]
     else:
-        model.load_teacher(args.teacher)
+        if simplenet:
+            model.load_backbone(args.backbone_weights)
+        else:
+            model.load_teacher(args.teacher)
         folder = new_run_folder(args, category.name)
     model = model.to(device, memory_format=torch.channels_last)
 
@@ -311,18 +381,23 @@ def train(args: argparse.Namespace) -> Path:
 
     print(f"{folder}: {category.name}, {len(training)} training and {len(validation)} validation images, {args.steps} steps of"
           f" {args.batch_size} at {size[0]}×{size[1]}, {args.precision} on {args.device}; {penalty}", file=sys.stderr)
-    if args.steps < PAPER_STEPS:
+    if args.steps < PAPER_STEPS and not simplenet:
         print(f"note: a short run; the paper's has {PAPER_STEPS} steps and lr {PAPER_LR}, this one lr {args.lr}", file=sys.stderr)
-    # Kept on the device, if there is room: the images, and the teacher's outputs for them (in a run that sees them again).
-    count, teacher = len(training), None
-    if count * 3 * math.prod(size) <= KEPT_BYTES:
-        training = torch.stack(list(ahead(lambda i, images=training: torch.as_tensor(images[i]), range(count)))).to(device)
-    if not args.resume:
-        model.fit_teacher_statistics(batches(training, "teacher statistics"))
-    outputs = count * CHANNELS * math.prod(model.map_size) * (4 if args.precision == "fp32" else 2)  # bytes
-    if outputs <= KEPT_BYTES and count <= args.steps * args.batch_size:
-        teacher = teacher_outputs(model, batches(training, "teacher outputs"), args.precision)
-    optimizer = make_optimizer(model, args.lr)
+    # Kept on the device, if there is room: SimpleNet's features; else the images, and the teacher's outputs for them (in a run that
+    # sees them again).
+    count, n, teacher = len(training), args.batch_size, None
+    if simplenet:
+        training, groups = CachedFeatures(model, training), model.parameter_groups(args.lr)
+    else:
+        if count * 3 * math.prod(size) <= KEPT_BYTES:
+            training = torch.stack(list(ahead(lambda i, images=training: torch.as_tensor(images[i]), range(count)))).to(device)
+        if not args.resume:
+            model.fit_teacher_statistics(batches(training, "teacher statistics"))
+        outputs = count * CHANNELS * math.prod(model.map_size) * (4 if args.precision == "fp32" else 2)  # bytes
+        if outputs <= KEPT_BYTES and count <= args.steps * n:
+            teacher = teacher_outputs(model, batches(training, "teacher outputs"), args.precision)
+        groups = [{"params": [*model.student.parameters(), *model.autoencoder.parameters()], "lr": args.lr}]
+    optimizer = make_optimizer(groups, device)
     if args.resume:
         state["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]  # a rate on the GPU stays there
         optimizer.load_state_dict(state["optimizer"])
@@ -339,13 +414,16 @@ def train(args: argparse.Namespace) -> Path:
     log = open(folder / "log.jsonl", "a", encoding="utf-8")
     bar = tqdm(range(start, args.steps), "training", initial=start, total=args.steps, unit="step", mininterval=0.5)
     model.train()
-    take_step, n = Step(model, optimizer, args.precision, args.p_hard), args.batch_size
+    take_step = Step(model, optimizer, args.precision, args.p_hard)
     photos = ahead(lambda step: shuffled(pretraining, step, n, args.seed, 1), range(start, args.steps))
     for step in bar:
         torch.manual_seed(args.seed * 1_000_003 + step)
-        rate = args.lr * (0.1 if step >= int(0.95 * args.steps) else 1)
-        set_rate(optimizer, rate)
-        batch = {"images": shuffled(training, step, n, args.seed, 0), "draws": draw(n)}
+        factor = 0.1 if step >= int(0.95 * args.steps) and not simplenet else 1
+        set_rate(optimizer, factor)
+        if simplenet:
+            batch = {"features": shuffled(training, step, n, args.seed, 0)}
+        else:
+            batch = {"images": shuffled(training, step, n, args.seed, 0), "draws": draw(n)}
         if teacher is not None:
             batch["teacher"] = shuffled(teacher, step, n, args.seed, 0)
         if pretraining is not None:
@@ -356,7 +434,7 @@ def train(args: argparse.Namespace) -> Path:
             if not all(math.isfinite(v) for v in values.values()):
                 raise ModelError(f"{folder}: step {step}: loss is not finite ({values}); lower --lr or use --precision fp32")
             bar.set_postfix({name: f"{v:.3f}" for name, v in values.items()})
-            print(json.dumps({"step": step, "lr": rate, **values}), file=log, flush=True)
+            print(json.dumps({"step": step, "lr": args.lr * factor, **values}), file=log, flush=True)
         if stop or time.time() - saved >= args.checkpoint_every:
             save_state(step + 1)
             saved = time.time()
@@ -368,8 +446,11 @@ def train(args: argparse.Namespace) -> Path:
     signal.signal(signal.SIGINT, previous)
 
     # Map normalization and threshold, from validation images; then the model as one file.
-    model.calibrate(batches(validation, "calibration"), args.a, args.b, args.map_normalization == "gaussian")
-    options = {k: v for k, v in vars(args).items() if k not in ("resume", "out", "checkpoint_every", "categories", "seeds")}
+    normalization = () if simplenet else (args.a, args.b, args.map_normalization == "gaussian")
+    model.calibrate(batches(validation, "calibration"), *normalization)
+    foreign = [k for name, own in OWN_OPTIONS.items() if name != args.model for k in own]
+    foreign += ["resume", "out", "checkpoint_every", "categories", "seeds"]
+    options = {k: v for k, v in vars(args).items() if k not in foreign}
     model.training_info = {**options, "category": category.name, "data": str(category.root.resolve()),
                            "training_images": count, "validation_images": len(validation)}  # fmt: skip
     model.cpu().save(str(folder / "model.pt"))
@@ -391,12 +472,13 @@ def list_jobs(args: argparse.Namespace) -> list[argparse.Namespace]:
             raise DataError(f"{args.data}: has no category {', '.join(chosen.keys() - known.keys())}; it has: {', '.join(known)}")
         categories = [known[c] for c in chosen]
     name = Path(args.data).resolve().name if categories else open_category(args.data).name
-    folder = Path(args.out or f"runs/{name}" + (f"-{args.size}-ablation" if args.ablation else ""))
+    folder = Path(args.out or f"runs/{name}" + (f"-{variant(args)}-ablation" if args.ablation else ""))
     if (folder / "log.jsonl").exists():
         raise DataError(f"{folder}: is a single run, not a folder of runs; choose another --out")
     jobs = []
     for data in categories or [Path(args.data)]:
-        for run, options in (ABLATION if args.ablation else {f"{data.resolve().name}-{args.size}": {}}).items():
+        ablation = SIMPLENET_ABLATION if args.model == "simplenet" else ABLATION
+        for run, options in (ablation if args.ablation else {f"{data.resolve().name}-{variant(args)}": {}}).items():
             for seed in args.seeds or [args.seed]:
                 out = folder / (f"{run}-seed{seed}" if args.seeds else run)
                 jobs.append(argparse.Namespace(**{**vars(args), **options, "data": str(data), "seed": seed, "out": str(out)}))
