@@ -1,17 +1,22 @@
 """Images and data sets: MVTec AD, MVTec LOCO, VisA, any folder of images, and the built-in demo set. Knows no model."""
 
+import contextlib
 import csv
 import json
 import math
 import os
 import shutil
 import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
 
+from appearance import look_of
+
+warnings.filterwarnings("ignore", module=r"PIL\b")  # damaged metadata, many pixels: `open_image` says what matters
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 
 
@@ -22,29 +27,45 @@ class DataError(ValueError):
 # ------------------------------------------------------------------------------------------------------------------ images
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """Any image file -> RGB image, 8 bit. Gray, palette, CMYK and 1-bit files are converted, alpha is dropped, 16-bit gray is
-    scaled by 255/65535, and EXIF orientation is applied. Raises DataError if the file cannot be read."""
+@contextlib.contextmanager
+def open_image(path: str | Path) -> Iterator[Image.Image]:
+    """The image in a file, decoded, still in its own mode. Raises DataError if it cannot be read, for whatever reason: decoders of
+    damaged files raise all kinds of errors, and so may a conversion inside the `with` block. A file of several images is refused
+    too, since none of them is the obvious one; MPO is not: cameras write it, a JPEG followed by previews of itself."""
     try:
-        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning), Image.open(path) as image:
+        with Image.open(path) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow warns, and raises at twice as many
+                raise Image.DecompressionBombError
+            if getattr(image, "is_animated", False) and image.format != "MPO":
+                raise DataError(f"{path}: holds {image.n_frames} images (animated, or pages); save the one to use by itself")
             image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16-bit gray; convert("RGB") would clip it at 255
-                values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-                image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
-            elif image.mode == "F":
-                raise DataError(f"{path}: floating-point image; save it with 8 or 16 bits a channel")
-            return image.convert("RGB")
+            yield image
+    except DataError:
+        raise
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except UnidentifiedImageError:
         raise DataError(f"{path}: not an image that Pillow can read; remove it or save it again") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except Image.DecompressionBombError:
         raise DataError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale it down first") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}: damaged image ({error}); remove it or save it again") from None
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path}: damaged image ({reason}); remove it or save it again") from None
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Any image file -> RGB image, 8 bit. Gray, palette, CMYK and 1-bit files are converted, alpha is dropped, 16-bit gray is
+    scaled by 255/65535, and EXIF orientation is applied. Raises DataError if the file cannot be read."""
+    with open_image(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16-bit gray; convert("RGB") would clip it at 255
+            values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+            image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+        elif image.mode == "F":
+            raise DataError(f"{path}: floating-point image; save it with 8 or 16 bits a channel")
+        return image.convert("RGB")
 
 
 def to_array(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
@@ -56,24 +77,40 @@ def to_array(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
 
 
 def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
-    """The image files of a folder, sorted by path. Raises DataError if there is no such folder or no image in it."""
-    folder = Path(folder)
+    """The image files of a folder, sorted by path; hidden ones are left out. Links are followed, a folder is entered once. A link
+    that leads nowhere is listed: reading it says so. Raises DataError if there is no such folder, if one cannot be read, or if
+    there is no image."""
+    folder, paths, entered = Path(folder), [], set()
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
-    files = folder.rglob("*") if recursive else folder.iterdir()
-    paths = sorted(p for p in files if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file())
+        raise DataError(f"{folder}: " + ("is a file, not a folder" if folder.is_file() else "no such folder"))
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})")
+
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        status = os.stat(place)
+        key = (status.st_dev, status.st_ino)
+        if key in entered:  # links may lead around in circles
+            folders.clear()
+            continue
+        entered.add(key)
+        folders[:] = sorted(f for f in folders if not f.startswith(".")) if recursive else []
+        images = [os.path.join(place, n) for n in names if os.path.splitext(n)[1].lower() in SUFFIXES and not n.startswith(".")]
+        paths += [p for p in images if os.path.isfile(p) or (os.path.islink(p) and not os.path.exists(p))]
     if not paths:
         raise DataError(f"{folder}: no images ({', '.join(sorted(SUFFIXES))}) in it")
-    return paths
+    return sorted(map(Path, paths))
 
 
 class Images:
     """The images of `paths` by index, as uint8 arrays 3×H×W of one size: decoded on first use, and kept while they fit into
-    `cache_bytes`. With `zoom` 2 each is resized to 2H×2W and its centre is cut out, as the pretraining images are."""
+    `cache_bytes`. With `zoom` 2 each is resized to 2H×2W and its centre is cut out, as the pretraining images are. `looks` holds
+    the looks of those decoded so far, by index. With `skip_bad` the next one takes the place of one that cannot be read; `errors`
+    says why, by index."""
 
     def __init__(self, paths: list[Path], size: tuple[int, int], zoom: int = 1, cache_bytes: int = 4 * 2**30):
-        self.paths, self.size, self.zoom, self.kept = paths, size, zoom, {}
-        self.room = cache_bytes // (3 * size[0] * size[1])
+        self.paths, self.size, self.zoom, self.kept = list(paths), size, zoom, {}
+        self.room, self.skip_bad, self.looks, self.errors = cache_bytes // (3 * size[0] * size[1]), False, {}, {}
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -81,13 +118,35 @@ class Images:
     def __getitem__(self, index: int) -> np.ndarray:
         if index in self.kept:
             return self.kept[index]
-        (h, w), z = self.size, self.zoom
-        image = to_array(read_image(self.paths[index]), (h * z, w * z))
+        (h, w), z, image = self.size, self.zoom, self._read(index)
+        image = to_array(image, (h * z, w * z))
         top, left = (h * z - h) // 2, (w * z - w) // 2
         image = np.ascontiguousarray(image[:, top : top + h, left : left + w])
         if len(self.kept) < self.room:
             self.kept[index] = image
         return image
+
+    def _read(self, index: int) -> Image.Image:
+        for i in (*range(index, len(self)), *range(index)):
+            try:
+                image = read_image(self.paths[i])
+                if i not in self.looks:
+                    self.looks[i] = look_of(image)
+                return image
+            except DataError as error:
+                if not self.skip_bad:
+                    raise DataError(f"{error}; or leave such files out with --skip-bad-images") from None
+                self.errors[i] = str(error)
+        raise DataError(f"none of {len(self)} images can be read; the last: {self.errors[index - 1 if index else len(self) - 1]}")
+
+    def check(self, indices: Iterable[int]) -> None:
+        """Decode all images once (`indices`: all of them, say behind a progress bar), so that a damaged one is found now and not an
+        hour later. With `skip_bad` such are taken out. Raises DataError for one that cannot be read, or if none can."""
+        for i in indices:
+            self[i]
+        good = [i for i in range(len(self)) if i not in self.errors]
+        self.paths = [self.paths[i] for i in good]
+        self.kept, self.looks = ({n: d[i] for n, i in enumerate(good) if i in d} for d in (self.kept, self.looks))
 
 
 class PhotographCrops:
@@ -130,11 +189,13 @@ class Sample:
         """The defect's masks as they are stored, integer H×W each; see `mask`."""
         values = []
         for path in self.masks:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 if image.mode in ("P", "1"):
                     image = image.convert("L")
                 elif "A" in image.getbands():
                     image = image.convert("RGB")
+                elif image.mode == "F":
+                    raise DataError(f"{path}: floating-point mask; save it with 8 bits")
                 mask = np.asarray(image)
             mask = mask.max(-1) if mask.ndim == 3 else mask
             if not mask.any():
@@ -174,16 +235,21 @@ class Category:
         pixel value names the defect in defects_config.json. Raises DataError if that file is missing or lacks the defect."""
         path = self.root / "defects_config.json"
         try:
-            config = {entry["pixel_value"]: entry for entry in json.loads(path.read_text())}
-        except (OSError, ValueError, TypeError, KeyError):
+            entries = json.loads(path.read_bytes())
+            keys = ("saturation_threshold", "relative_saturation")
+            config = {int(entry["pixel_value"]): tuple(float(entry[key]) for key in keys) for entry in entries}
+        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
             raise DataError(f"{path}: missing or damaged; it comes with MVTec LOCO and names the defects") from None
         regions = []
         for file, values in zip(sample.masks, sample.mask_values(size)):
-            entry, area = config.get(int(values.max())), int((values > 0).sum())
-            if entry is None:
-                raise DataError(f"{file}: pixel value {values.max()} is not in {path}")
-            threshold = entry["saturation_threshold"]
-            regions.append((values > 0, int(threshold * area) if entry["relative_saturation"] else min(threshold, area)))
+            value, area = int(values.max()), int((values > 0).sum())
+            if value not in config:
+                raise DataError(f"{file}: pixel value {value} is not in {path}")
+            threshold, relative = config[value]
+            saturation = threshold * area if relative else min(threshold, area)
+            if not 1 <= saturation <= area:  # NaN neither
+                raise DataError(f"{path}: saturation threshold {threshold:g} is impossible for {file} with {area} pixels")
+            regions.append((values > 0, int(saturation) if relative else saturation))
         return regions
 
 
@@ -212,7 +278,13 @@ def open_category(path: str | Path) -> Category:
     categories = list_categories(root)
     if categories:
         raise DataError(f"{root}: holds several categories; choose one: {', '.join(map(str, categories))}")
-    return Category(name, "folder", root, list_images(root, recursive=True))
+    paths, place = list_images(root, recursive=True), root.resolve()
+    inside = any(p.name in ("test", "ground_truth") and (p.parent / "train").is_dir() for p in (place, place.parent))
+    for path in paths:  # defects and masks must not pass for normal images
+        folders = path.relative_to(root).parts[:-1]
+        if inside or {"train", "test", "ground_truth"} & set(folders) or "good" in folders[:1]:
+            raise DataError(f"{path}: lies in a part of a data set; --data takes a category's folder, which holds train/good")
+    return Category(name, "folder", root, paths)
 
 
 def list_categories(path: str | Path) -> list[Path]:
@@ -221,48 +293,65 @@ def list_categories(path: str | Path) -> list[Path]:
     root, marks = Path(path), ("train", "Data/Images/Normal")
     if str(path) == "demo" or not root.is_dir() or any((root / mark).is_dir() for mark in marks):
         return []
-    return sorted(d for d in root.iterdir() if any((d / mark).is_dir() for mark in marks))
+    return sorted(d for d in root.iterdir() if not d.name.startswith(".") and any((d / mark).is_dir() for mark in marks))
 
 
 def _mvtec_test(root: Path, loco: bool) -> list[Sample]:
     """Test images of an MVTec layout. A mask is ground_truth/<type>/<name>_mask.png (MVTec AD), …/<name>.png (VisA), or every
     file in the folder …/<name> (LOCO)."""
+    samples, with_masks = [], (root / "ground_truth").is_dir()  # a set without masks is fine: then there are no pixel metrics
     if not (root / "test").is_dir():
         return []
-    samples = []
     for folder in sorted(d for d in (root / "test").iterdir() if d.is_dir()):
-        truth = root / "ground_truth" / folder.name
         for path in list_images(folder):
-            if folder.name == "good" or not truth.is_dir():  # a set without masks is fine: then there are no pixel metrics
-                masks = []
-            elif loco:
-                masks = list_images(truth / path.stem)
+            stem, end = root / "ground_truth" / folder.name / path.stem, "" if loco else "_mask.png"
+            if loco:
+                masks = list_images(stem) if stem.is_dir() else []
             else:
-                masks = [truth / f"{path.stem}{end}.png" for end in ("_mask", "") if (truth / f"{path.stem}{end}.png").exists()]
-                if not masks:
-                    raise DataError(f"{path}: its mask {truth / path.stem}_mask.png is missing")
+                masks = [mask for mask in (Path(f"{stem}_mask.png"), Path(f"{stem}.png")) if mask.exists()]
+            if folder.name == "good":
+                for mask in masks:  # all black: harmless
+                    with open_image(mask) as image:
+                        if image.convert("L").getbbox():
+                            raise DataError(f"{mask}: marks a defect in an image of test/good; move the image or remove the mask")
+                masks = []
+            elif with_masks and not masks:
+                raise DataError(f"{path}: its mask {stem}{end} is missing")
             samples.append(Sample(path, folder.name, tuple(masks)))
+    return _distinct(samples)
+
+
+def _distinct(samples: list[Sample]) -> list[Sample]:
+    """The samples. Raises DataError if two of a type differ in the file's ending alone: they would share masks and results."""
+    known = {}
+    for sample in samples:
+        other = known.setdefault((sample.defect, sample.path.stem), sample)
+        if other is not sample:
+            raise DataError(f"{sample.path}: has the name of {other.path}; rename one of them")
     return samples
 
 
 def _open_visa(root: Path, name: str) -> Category:
     """VisA as downloaded: <VisA>/<category>/Data/…, split by <VisA>/split_csv/1cls.csv."""
     table = root.resolve().parent / "split_csv/1cls.csv"
-    if not table.exists():
+    if not table.is_file():
         raise DataError(f"{table}: missing; it comes with VisA and names the training and test images")
     train, test = [], []
-    with open(table, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if row.get("object") == name:
-                image, mask = table.parent.parent / row["image"], row["mask"]
-                if row["split"] == "train":
-                    train.append(image)
-                else:
-                    defect = "good" if row["label"] == "normal" else "bad"
-                    test.append(Sample(image, defect, (table.parent.parent / mask,) if mask else ()))
+    try:
+        with open(table, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                if row["object"] == name:
+                    image, mask = table.parent.parent / row["image"], row["mask"]
+                    if row["split"] == "train":
+                        train.append(image)
+                    else:
+                        defect = "good" if row["label"] == "normal" else "bad"
+                        test.append(Sample(image, defect, (table.parent.parent / mask,) if mask else ()))
+    except (KeyError, TypeError, ValueError, csv.Error):
+        raise DataError(f"{table}: damaged; it comes with VisA and has the columns object, split, label, image and mask") from None
     if not train:
         raise DataError(f"{table}: has no training images of '{name}'")
-    return Category(name, "visa", root, sorted(train), None, sorted(test, key=lambda s: (s.defect, s.path)))
+    return Category(name, "visa", root, sorted(train), None, _distinct(sorted(test, key=lambda s: (s.defect, s.path))))
 
 
 # ------------------------------------------------------------------------------------------------------------ the demo set
@@ -285,7 +374,7 @@ def make_demo(root: str | Path, seed: int = 0) -> None:
     """Draw the demo set into the new folder `root`, in MVTec LOCO's layout: 304 RGB images of 256×256 pixels, a mask for every
     defect. The same seed draws the same images. The folder appears when it is complete."""
     root = Path(root)
-    temporary = root.with_name(f"{root.name}.tmp{os.getpid()}")
+    temporary = root.with_name(f".{root.name}.tmp{os.getpid()}")  # hidden: after kill -9 it must not pass for a category
     try:
         for s, (folder, count) in enumerate(DEMO_SPLITS.items()):
             kinds = {"logical_anomalies": DEMO_LOGICAL, "structural_anomalies": DEMO_STRUCTURAL}.get(folder.split("/")[1], (None,))
