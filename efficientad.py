@@ -13,6 +13,7 @@ then `EfficientAD`, which holds everything needed to score an image.
     model.save("model.pt"); model = EfficientAD.load("model.pt")
 """
 
+import io
 import math
 import os
 from collections.abc import Iterable
@@ -33,6 +34,7 @@ except Exception:  # not there, or a foreign package of that name: whatever it r
 
 CHANNELS = 384  # C, the teacher's output channels
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TILE = 2**28  # elements of a PDN's first activation that inference computes at once: 1 GiB in float32, all of 32 images of 256² (S)
 KERNELS = os.environ.get("EFFICIENTAD_KERNELS") != "0"
 
 
@@ -149,6 +151,18 @@ def quantile(x: Tensor, q: float) -> Tensor:
     return torch.where(x.isnan().any(), math.nan, value)  # kthvalue sorts NaN last
 
 
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no element of any tensor is infinite or NaN; waits for the GPU once."""
+    return bool(torch.stack([t.detach().isfinite().all() for t in tensors]).all())
+
+
+def false_alarms(n: int) -> tuple[float, float]:
+    """What a threshold at the highest score of n normal images means for further ones of the same kind: (the expected share of
+    false alarms, a bound that this share keeps with 95 % confidence). The share is Beta(1, n)-distributed whatever the scores'
+    distribution is: mean 1/(n + 1), and it exceeds x with probability (1 − x)ⁿ."""
+    return 1 / (n + 1), 1 - 0.05 ** (1 / n)
+
+
 def channel_statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and (population) standard deviation per channel over batches N×C×h×w -> two float32 1×C×1×1. One pass: per-batch
     moments in float64, merged with Chan's update, so that nothing cancels. Raises ValueError if there is no batch."""
@@ -198,6 +212,16 @@ def student_autoencoder_loss(autoencoder: Tensor, student: Tensor) -> Tensor:
     """L_STAE (section 3.3): mean squared difference between autoencoder and the student's second half S'. The gradient reaches
     both."""
     return F.mse_loss(student.float(), autoencoder.float())
+
+
+def check_losses(losses: list[Tensor], step: int, place: object) -> None:
+    """Raise ModelError, "`place`: step …", with the first step whose loss is not finite. `losses`, scalars on the training device,
+    are those of the steps up to `step` that were not looked at yet; the list is emptied. So no step waits for the GPU."""
+    finite = torch.stack(losses).isfinite().tolist()
+    losses.clear()
+    if not all(finite):
+        step += 1 - len(finite) + finite.index(False)
+        raise ModelError(f"{place}: step {step}: the loss is not finite; lower --lr or use --precision fp32")
 
 
 # ------------------------------------------------------------------------------------------------------------------- model
@@ -255,7 +279,11 @@ class EfficientAD(nn.Module):
 
     def raw_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Local and global anomaly map before normalization, each N×1×h×w: channel means of (T − S)² (section 3.2) and
-        (A − S')² (section 3.3)."""
+        (A − S')² (section 3.3). What exceeds `TILE` is computed image by image and strip by strip, to the same maps."""
+        if self.oversized(images):
+            n = max(1, TILE // self.activation)
+            parts = [self.raw_maps_in_strips(x) if n == 1 else self.raw_maps(x) for x in images.split(n)]
+            return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
         teacher, student, autoencoder = self.features(images)
         student, student_ae = student.split(CHANNELS, 1)
         if use_kernels(teacher, student, autoencoder):
@@ -263,6 +291,35 @@ class EfficientAD(nn.Module):
         local_map = (teacher - student).float().square().mean(1, keepdim=True)
         global_map = (autoencoder - student_ae).float().square().mean(1, keepdim=True)
         return local_map, global_map
+
+    @property
+    def activation(self) -> int:
+        """Elements of a PDN's first activation, its largest, for one image."""
+        return self.student[0].out_channels * self.image_size[0] * self.image_size[1]
+
+    def oversized(self, images: Tensor) -> bool:
+        return not torch.is_grad_enabled() and not torch.compiler.is_exporting() and len(images) * self.activation > TILE
+
+    def raw_maps_in_strips(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """`raw_maps` without gradient and with little memory: teacher and student see a strip of the image at a time, with all that
+        the receptive fields of its outputs cover, so there are no seams. The autoencoder needs the whole image."""
+        x = self.normalize(images)
+        autoencoder = self.autoencoder(x)
+        height, maps = autoencoder.shape[2], []
+        step = max(8, TILE * height // (len(images) * self.activation))
+        for top in range(0, height, step):
+            bottom = min(top + step, height)
+            if self.padding:  # rows within 9 of a strip's inner edge would see its zeros, not the image
+                first, last = max(0, top - 9), min(height, bottom + 9)
+                strip = x[:, :, 4 * first : 4 * last]
+            else:  # output row i sees the input rows 4i to 4i + 32
+                first, strip = top, x[:, :, 4 * top : 4 * bottom + 29]
+            rows = slice(top - first, bottom - first)
+            student, student_ae = self.student(strip)[:, :, rows].split(CHANNELS, 1)
+            local_map = (self.teacher_features(strip)[:, :, rows] - student).float().square().mean(1, keepdim=True)
+            global_map = (autoencoder[:, :, top:bottom] - student_ae).float().square().mean(1, keepdim=True)
+            maps.append((local_map, global_map))
+        return torch.cat([m[0] for m in maps], 2), torch.cat([m[1] for m in maps], 2)
 
     def normalize_maps(self, local_map: Tensor, global_map: Tensor) -> tuple[Tensor, Tensor]:
         """Raw maps N×1×h×w -> normalized (section 3.4: q_a becomes 0, q_b 0.1) and resized to the image, each N×1×H×W."""
@@ -283,7 +340,7 @@ class EfficientAD(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """RGB N×3×H×W, uint8 0–255 or float 0–1 -> combined anomaly map N×1×H×W and anomaly score N, its maximum."""
-        if use_kernels(images, *self.parameters()):
+        if use_kernels(images, *self.parameters()) and not self.oversized(images):
             m = self.resize(combined_map(*self.features(images), self.quantiles))  # linear: one resize serves both maps
             return m, m.amax((1, 2, 3))
         return self.combine(*self.maps(images))
@@ -370,7 +427,7 @@ class EfficientAD(nn.Module):
         except (RuntimeError, AttributeError, TypeError):
             size = self.config["size"]
             raise ModelError(f"{path}: not a {size} teacher; pass one that `distill.py --size {size}` made") from None
-        if not all(bool(p.isfinite().all()) for p in self.teacher.parameters()):
+        if not all_finite(self.teacher.parameters()):
             raise ModelError(f"{path}: the teacher's weights are not finite; make it again with distill.py")
 
     def save(self, path: str) -> None:
@@ -383,7 +440,7 @@ class EfficientAD(nn.Module):
     @classmethod
     def load(cls, path: str) -> "EfficientAD":
         """Read a model that `save` wrote, on the CPU, in eval mode. Executes no code from the file. Raises ModelError if it
-        is missing, damaged or of another program."""
+        is missing, damaged, not finite or of another program."""
         checkpoint = read_checkpoint(path)
         if checkpoint.get("format") != "efficientad":
             raise ModelError(f"{path}: not a model of this program; pass a model.pt that train.py wrote")
@@ -393,15 +450,24 @@ class EfficientAD(nn.Module):
             model.training_info = dict(checkpoint["training"])
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
             raise ModelError(f"{path}: damaged model file; train again or restore it from a copy") from None
+        if not all_finite(tensor for name, tensor in model.state_dict().items() if name != "threshold"):
+            raise ModelError(f"{path}: holds a weight or statistic that is not a number; train again")
         return model.eval()
 
 
 def write_checkpoint(checkpoint: dict, path: str) -> None:
-    """torch.save under a temporary name in the same folder, then rename: a reader never sees half a file."""
-    temporary = f"{path}.tmp{os.getpid()}"
+    """torch.save under a temporary name in the same folder, then rename: a reader never sees half a file, and what `path` held
+    stays whole if this fails. Raises ModelError if it cannot be written."""
+    temporary, content = f"{path}.tmp{os.getpid()}", io.BytesIO()
+    torch.save(checkpoint, content)  # into memory: torch reports a full disk as one of its own bugs, and at length
     try:
-        torch.save(checkpoint, temporary)
+        with open(temporary, "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())  # the name must not survive a power failure without the content
         os.replace(temporary, path)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be written ({error.strerror}); what it held before is untouched") from None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -411,9 +477,11 @@ def read_checkpoint(path: str) -> dict:
     """A dict that torch.load(weights_only=True) reads, on the CPU. Raises ModelError otherwise."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ModelError(f"{path}: no such file") from None
-    except Exception:  # torch.load raises many kinds of errors for a foreign or damaged file
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except Exception:  # torch.load raises many kinds of errors for a foreign or damaged file, and for one that would execute code
         raise ModelError(f"{path}: not a readable checkpoint (damaged, or of another program)") from None
     if not isinstance(checkpoint, dict):
         raise ModelError(f"{path}: not a checkpoint of this program")
