@@ -8,6 +8,7 @@ The backbone sees the image at twice the PDN's size, so that its layer 2 has the
 """
 
 import argparse
+import glob
 import json
 import math
 import os
@@ -31,11 +32,14 @@ from efficientad import (
     IMAGENET_STD,
     PDN,
     ModelError,
+    all_finite,
     channel_statistics,
+    check_losses,
     pick_device,
     read_checkpoint,
     write_checkpoint,
 )
+from runfolder import last_line, lock, log_entry, open_log, remove_leftovers
 
 
 class Views(Dataset):
@@ -158,7 +162,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         p.error("--image-size must be a multiple of 32")
     if min(args.steps, args.batch_size, args.statistics_images, args.checkpoint_every) < 1:
         p.error("--steps, --batch-size, --statistics-images and --checkpoint-every must be at least 1")
-    if not args.lr > 0 or args.views < 0 or args.seed < 0:
+    if not 0 < args.lr < math.inf or args.views < 0 or args.seed < 0:
         p.error("need --lr > 0, --views >= 0 and --seed >= 0")
     args.workers = 0 if args.device.type == "cpu" else max(1, min(12, (os.cpu_count() or 1) - 2))
     if args.crops and not 0 < args.crops[0] <= args.crops[1] <= 1:
@@ -172,6 +176,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     device, resume_file = args.device, Path(f"{args.out}.resume")
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    held = lock(args.out.with_name(f".{args.out.name}.lock"))
+    for path in (args.out, resume_file, args.out.with_suffix(".jsonl")):
+        remove_leftovers(args.out.parent, glob.escape(path.name))
     torch.manual_seed(args.seed)
 
     # Photos: every 40th is held out, at most 64, to measure the loss on photos that the teacher has not seen.
@@ -193,27 +200,41 @@ def main(argv: list[str] | None = None) -> None:
     indifferent = ("device", "resume", "out", "checkpoint_every", "cache_gib", "workers")
     options = {k: v for k, v in vars(args).items() if k not in indifferent}
     start = 0
-    if args.resume:
+    if args.resume and not resume_file.exists():
+        print(f"{resume_file}: nothing saved yet, begins at the first step", file=sys.stderr)
+    if args.resume and resume_file.exists():
         state = read_checkpoint(str(resume_file))
         if state.get("options") != options:
             raise ModelError(f"{resume_file}: made with other options; repeat the command that made it, with --resume")
-        start, targets.mean, targets.std = state["step"], state["mean"], state["std"]
-        pdn.load_state_dict(state["pdn"])
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            start, targets.mean, targets.std = state["step"], state["mean"], state["std"]
+            pdn.load_state_dict(state["pdn"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
+            raise ModelError(f"{resume_file}: damaged; remove it and start again") from None
     else:
         n = min(args.statistics_images, len(paths))  # the first n views: n different photos
         loader = DataLoader(torch.utils.data.Subset(views, range(n)), args.batch_size)
         progress = tqdm(loader, "feature statistics", unit="batch")
         targets.mean, targets.std = (s.cpu() for s in channel_statistics(targets.raw(large) for _, _, large in progress))
 
+    recent = []  # losses since they were looked at
+
     def save(step: int) -> None:
+        if recent:
+            check_losses(recent, step - 1, args.out)
+        if not all_finite(pdn.parameters()):
+            raise ModelError(f"{args.out}: step {step - 1}: it left weights that are not finite; lower --lr and start again")
         state = {"step": step, "options": options, "mean": targets.mean, "std": targets.std}
         write_checkpoint(state | {"pdn": pdn.state_dict(), "optimizer": optimizer.state_dict()}, str(resume_file))
+
+    if start == 0:
+        save(0)  # the statistics took a while
 
     # Training.
     todo = torch.utils.data.Subset(views, range(start * args.batch_size, len(views)))
     loader = DataLoader(todo, args.batch_size, num_workers=args.workers, pin_memory=args.workers > 0)
-    log = open(args.out.with_suffix(".jsonl"), "a" if args.resume else "w", encoding="utf-8")
+    log = open_log(args.out.with_suffix(".jsonl"), start)
     stop = []  # Ctrl-C ends the run after the step at hand; a second one at once
     previous = signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)))
     started, running = time.time(), None
@@ -228,14 +249,14 @@ def main(argv: list[str] | None = None) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        recent.append(loss.detach())
         if step % 20 == 0 or step == args.steps - 1:
+            check_losses(recent, step, args.out)
             value = loss.item()
-            if not math.isfinite(value):
-                raise ModelError(f"{args.out}: step {step}: the loss is not finite; lower --lr and start again")
             running = value if running is None else 0.9 * running + 0.1 * value
             bar.set_postfix(loss=f"{running:.4f}")
             entry = {"step": step, "loss": value, "lr": learning_rate(step, args), "seconds": time.time() - started}
-            print(json.dumps(entry), file=log, flush=True)
+            log_entry(log, entry)
         if stop or ((step + 1) % args.checkpoint_every == 0 and step + 1 < args.steps):
             save(step + 1)
         if stop:
@@ -251,10 +272,13 @@ def main(argv: list[str] | None = None) -> None:
             for _, small, large in DataLoader(Views(held_out, len(held_out), args), args.batch_size):
                 errors += (pdn(normalize(small, device)) - targets.compute(large)).square().mean((1, 2, 3)).tolist()
         result["held_out_loss"] = sum(errors) / len(errors)
-    print(json.dumps(result), file=log, flush=True)
+    log_entry(log, result)
     print(json.dumps(result))
+    if not all_finite(pdn.parameters()):
+        raise ModelError(f"{args.out}: the last step left weights that are not finite; lower --lr and start again")
     write_checkpoint({k: v.half().contiguous().cpu() for k, v in pdn.state_dict().items()}, str(args.out))
     resume_file.unlink(missing_ok=True)
+    held.close()
     print(f"wrote {args.out}")
 
 
@@ -262,7 +286,7 @@ if __name__ == "__main__":
     try:
         main()
     except (DataError, WeightsError, ModelError, OSError) as error:
-        print(f"distill.py: {error}", file=sys.stderr)
+        print(f"distill.py: {last_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # before the first step or after the last; during training see `stop`
         print("\ndistill.py: interrupted", file=sys.stderr)

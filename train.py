@@ -12,7 +12,6 @@ Every random choice of a step is a function of the seed and the step's number, s
 """
 
 import argparse
-import json
 import math
 import os
 import signal
@@ -27,8 +26,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from appearance import range_of
 from data import DataError, Images, PhotographCrops, list_categories, list_images, open_category
-from efficientad import EfficientAD, ModelError, check_image_size, pick_device, read_checkpoint, write_checkpoint
+from efficientad import (
+    EfficientAD,
+    ModelError,
+    all_finite,
+    check_image_size,
+    check_losses,
+    false_alarms,
+    pick_device,
+    read_checkpoint,
+    write_checkpoint,
+)
+from runfolder import TEMPORARY, lock, log_entry, open_log, remove_leftovers, write
 
 PAPER_STEPS, CPU_STEPS = 70000, 1500
 PAPER_LR, SHORT_LR = 1e-4, 3e-4  # for runs below 10,000 steps: learned faster on bottle
@@ -77,13 +88,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--precision", choices=["auto", "fp32", "bf16"], help="of the training step; auto: bf16 where the hardware"
                    " has it. Losses, optimizer, calibration and evaluation are always fp32")
     p.add_argument("--out", help="run folder; default runs/DATA-SIZE, or …-2, …-3 if that exists")
+    p.add_argument("--skip-bad-images", action="store_true", help="leave out images that cannot be read, and list them, instead of"
+                   " stopping")
     p.add_argument("--checkpoint-every", type=float, metavar="SECONDS", help="default 60")
     p.add_argument("--resume", metavar="DIR", help="go on with the interrupted run in this folder; takes no other option")
     given = vars(p.parse_args(argv))
     defaults = dict(data="demo", categories=None, seeds=None, ablation=False, size="small", steps=None, teacher=None,
                     pretraining_images=None, image_size=None, padding=False, batch_size=1, lr=None, p_hard=0.999, a=0.9, b=0.995,
-                    map_normalization="quantile", seed=0, device=None, precision="auto", out=None, checkpoint_every=60.0,
-                    resume=None)  # fmt: skip
+                    map_normalization="quantile", seed=0, device=None, precision="auto", out=None, skip_bad_images=False,
+                    checkpoint_every=60.0, resume=None)  # fmt: skip
 
     if "resume" in given:
         if len(given) > 1:
@@ -91,6 +104,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         folder = Path(given["resume"])
         if not (folder / "resume.pt").exists() and (folder / "model.pt").exists():
             raise ModelError(f"{folder}: this run is complete; evaluate it with: python evaluate.py --run {folder}")
+        if folder.is_dir() and not (folder / "resume.pt").exists() and not holds_results(folder) and any(folder.iterdir()):
+            raise ModelError(f"{folder}: interrupted before anything was saved; start it again, with --out {folder}")
         state = read_checkpoint(str(folder / "resume.pt"))
         if state.get("format") != "efficientad-resume":
             raise ModelError(f"{folder / 'resume.pt'}: not a training state of this program")
@@ -109,10 +124,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         check_image_size(tuple(size) if len(size) <= 2 else (0, 0))
     except ValueError as error:
         p.error(f"--image-size: {error}")
-    if args.steps < 1 or args.batch_size < 1 or not args.lr > 0 or min([args.seed, *(args.seeds or [])]) < 0:
+    if args.steps < 1 or args.batch_size < 1 or not 0 < args.lr < math.inf or min([args.seed, *(args.seeds or [])]) < 0:
         p.error("need --steps >= 1, --batch-size >= 1, --lr > 0 and --seed >= 0")
     if not 0 <= args.p_hard <= 1 or not 0 <= args.a < args.b <= 1:
         p.error("need 0 <= --p-hard <= 1 and 0 <= --a < --b <= 1")
+    if not args.checkpoint_every >= 0:
+        p.error("need --checkpoint-every >= 0")
+    if args.map_normalization == "gaussian" and given.keys() & {"a", "b"}:
+        p.error("--a and --b belong to --map-normalization quantile")
     if args.seeds and "seed" in given:
         p.error("give --seed or --seeds")
     if args.ablation and (given.keys() & {"p_hard", "a", "b", "map_normalization"} or args.pretraining_images == "none"):
@@ -128,11 +147,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def holds_results(folder: Path) -> bool:
+    """Whether there is anything in a folder but what a run leaves that was killed before it had saved anything."""
+    return any(p.name not in (".lock", "log.jsonl") and not TEMPORARY.search(p.name) for p in folder.iterdir())
+
+
 def new_run_folder(args: argparse.Namespace, name: str) -> Path:
-    """Create the folder of a new run; never one that exists, unless --out names an empty one."""
+    """Create the folder of a new run; never one that exists, unless --out names one without results."""
     if args.out:
         folder = Path(args.out)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or holds_results(folder)):
             raise DataError(f"{folder}: exists; choose another --out, or go on with --resume {folder}")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -191,12 +215,19 @@ def train(args: argparse.Namespace) -> Path:
     # Data: normal images only, a tenth of them (or the set's own validation images) held out for calibration.
     category = open_category(args.data)
     training, validation = (Images(paths, size) for paths in category.split(args.seed))
+    for images in (training, validation):
+        images.skip_bad = args.skip_bad_images
+        images.check(tqdm(range(len(images)), "decoding", unit="image"))
+    skipped, counts = [*training.errors.values(), *validation.errors.values()], [len(training), len(validation)]
+    usual = range_of([*training.looks.values(), *validation.looks.values()])
+    print("".join(f"skipped: {error}\n" for error in skipped), end="", file=sys.stderr)
     if args.pretraining_images == "none":
         pretraining, penalty = None, "no pretraining penalty"
     elif args.pretraining_images:
         paths = list_images(args.pretraining_images, recursive=True)
         seen_again = len(paths) < args.steps * args.batch_size  # else keeping decoded photos would gain nothing
         pretraining = Images(paths, size, zoom=2, cache_bytes=4 * 2**30 if seen_again else 0)
+        pretraining.skip_bad = args.skip_bad_images
         penalty = f"{len(pretraining)} pretraining images from {args.pretraining_images}"
     else:
         pretraining, penalty = PhotographCrops(size), "pretraining images: random crops of scikit-learn's two photographs"
@@ -206,12 +237,22 @@ def train(args: argparse.Namespace) -> Path:
     model = EfficientAD(size=args.size, image_size=size, padding=args.padding)
     folder, start, seconds = Path(args.resume or "."), 0, 0.0
     if args.resume:
+        held = lock(folder / ".lock")
         state = read_checkpoint(str(folder / "resume.pt"))
-        model.load_state_dict(state["model"])
-        start, seconds = state["step"], state["seconds"]
+        try:
+            model.load_state_dict(state["model"])
+            start, seconds = state["step"], state["seconds"]
+        except (RuntimeError, KeyError, TypeError, AttributeError):
+            raise ModelError(f"{folder / 'resume.pt'}: damaged, or of another model; start the run again") from None
+        if state.get("images", counts) != counts:
+            raise DataError(f"{category.root}: has other images than when the run began; put them back, or start a new run")
     else:
         model.load_teacher(args.teacher)
         folder = new_run_folder(args, category.name)
+        held = lock(folder / ".lock")
+        if holds_results(folder):  # another process was faster
+            raise DataError(f"{folder}: exists; choose another --out")
+    remove_leftovers(folder)
     model = model.to(device, memory_format=torch.channels_last)
 
     def batches(images):
@@ -222,23 +263,34 @@ def train(args: argparse.Namespace) -> Path:
           f" {args.batch_size} at {size[0]}×{size[1]}, {args.precision} on {args.device}; {penalty}", file=sys.stderr)
     if args.steps < PAPER_STEPS:
         print(f"note: a short run; the paper's has {PAPER_STEPS} steps and lr {PAPER_LR}, this one lr {args.lr}", file=sys.stderr)
-    if not args.resume:
-        model.fit_teacher_statistics(batches(training))
     parameters = [*model.student.parameters(), *model.autoencoder.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.lr, weight_decay=1e-5, fused=True)
     if args.resume:
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ModelError(f"{folder / 'resume.pt'}: damaged, or of another model; start the run again") from None
+    recent, started = [], time.time()  # total losses since they were looked at
 
     def save_state(step: int) -> None:
+        if recent:
+            check_losses(recent, step - 1, folder)
+        if not all_finite(model.parameters()):
+            raise ModelError(f"{folder}: step {step - 1}: it left weights that are not finite; lower --lr or use --precision fp32")
         options = {k: v for k, v in vars(args).items() if k != "resume"}
-        state = {"format": "efficientad-resume", "options": options, "step": step, "seconds": seconds + time.time() - started}
+        state = {"format": "efficientad-resume", "options": options, "step": step, "seconds": seconds + time.time() - started,
+                 "images": counts}  # fmt: skip
         write_checkpoint(state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, str(folder / "resume.pt"))
+
+    if start == 0:  # saved first: from its first second on a run can be resumed
+        save_state(0)
+        model.fit_teacher_statistics(batches(training))
 
     # Training.
     stop = []  # Ctrl-C ends the run after the step at hand; a second one at once
     previous = signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)))
     started = saved = time.time()
-    log = open(folder / "log.jsonl", "a", encoding="utf-8")
+    log = open_log(folder / "log.jsonl", start)
     bar = tqdm(range(start, args.steps), "training", initial=start, total=args.steps, unit="step", mininterval=0.5)
     model.train()
     for step in bar:
@@ -256,12 +308,12 @@ def train(args: argparse.Namespace) -> Path:
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
+        recent.append(sum(loss.detach() for loss in losses.values()))
         if step % 10 == 0 or step == args.steps - 1:
+            check_losses(recent, step, folder)
             values = {name: loss.item() for name, loss in losses.items()}
-            if not all(math.isfinite(v) for v in values.values()):
-                raise ModelError(f"{folder}: step {step}: loss is not finite ({values}); lower --lr or use --precision fp32")
             bar.set_postfix({name: f"{v:.3f}" for name, v in values.items()})
-            print(json.dumps({"step": step, "lr": optimizer.param_groups[0]["lr"], **values}), file=log, flush=True)
+            log_entry(log, {"step": step, "lr": optimizer.param_groups[0]["lr"], **values})
         if stop or time.time() - saved >= args.checkpoint_every:
             save_state(step + 1)
             saved = time.time()
@@ -274,11 +326,19 @@ def train(args: argparse.Namespace) -> Path:
 
     # Map normalization and threshold, from validation images; then the model as one file.
     model.calibrate(batches(validation), args.a, args.b, args.map_normalization == "gaussian")
+    skipped += getattr(pretraining, "errors", {}).values()
     options = {k: v for k, v in vars(args).items() if k not in ("resume", "out", "checkpoint_every", "categories", "seeds")}
     model.training_info = {**options, "category": category.name, "data": str(category.root.resolve()),
-                           "training_images": len(training), "validation_images": len(validation)}  # fmt: skip
+                           "training_images": counts[0], "validation_images": counts[1], "skipped_images": skipped,
+                           "usual": usual}  # fmt: skip
+    if skipped:
+        write(folder / "skipped.txt", "\n".join(skipped) + "\n")
     model.cpu().save(str(folder / "model.pt"))
     (folder / "resume.pt").unlink(missing_ok=True)
+    held.close()
+    expected, bound = (100 * share for share in false_alarms(len(validation)))
+    print(f"threshold {model.threshold:.4f}: the highest score of {len(validation)} validation images; expect {expected:.2g} %"
+          f" false alarms on normal images, with 95 % confidence less than {bound:.2g} %")
     print(f"trained in {seconds / 60:.1f} minutes, wrote {folder / 'model.pt'}; now: python evaluate.py --run {folder}")
     return folder
 
@@ -290,6 +350,8 @@ def list_jobs(args: argparse.Namespace) -> list[argparse.Namespace]:
         return []
     if args.ablation and categories:
         raise DataError(f"{args.data}: --ablation takes one category: {', '.join(map(str, categories))}")
+    if args.categories and not categories:
+        raise DataError(f"{args.data}: --categories takes a folder of categories; this is none, name the one above it")
     if args.categories:
         known, chosen = {c.name: c for c in categories}, dict.fromkeys(args.categories.split(","))
         if not known.keys() >= chosen.keys():
@@ -297,6 +359,8 @@ def list_jobs(args: argparse.Namespace) -> list[argparse.Namespace]:
         categories = [known[c] for c in chosen]
     name = Path(args.data).resolve().name if categories else open_category(args.data).name
     folder = Path(args.out or f"runs/{name}" + (f"-{args.size}-ablation" if args.ablation else ""))
+    if folder.is_file():
+        raise DataError(f"{folder}: is a file; choose another --out")
     if (folder / "log.jsonl").exists():
         raise DataError(f"{folder}: is a single run, not a folder of runs; choose another --out")
     jobs = []
@@ -325,8 +389,6 @@ def train_all(jobs: list[argparse.Namespace]) -> Path:
                 print(f"{folder}: interrupted, goes on with the options that it began with", file=sys.stderr)
                 device, job = job.device, parse_arguments(["--resume", job.out])
                 job.device = device
-            else:
-                (folder / "log.jsonl").unlink(missing_ok=True)  # stopped before it had saved anything: it starts again
             train(job)
         except Exception as error:
             if not isinstance(error, (DataError, ModelError, OSError)):
@@ -357,6 +419,7 @@ def main(argv: list[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
         main()
     except (DataError, ModelError, OSError) as error:
