@@ -3,6 +3,7 @@
     python evaluate.py                               # the newest run
     python evaluate.py --run runs/bottle-small --tiff
     python evaluate.py --run runs/bottle-small --images new_photos
+    python evaluate.py --run runs/bottle-small --export model.onnx   # or model.pt2: uint8 images in, map and score out
     python evaluate.py --run runs/mvtec              # a collection: a row per category, the mean, the paper's values
     python evaluate.py --run runs/bottle-small-ablation  # tables 3 to 5
 
@@ -16,7 +17,6 @@ import copy
 import csv
 import io
 import json
-import os
 import sys
 import traceback
 from pathlib import Path
@@ -26,8 +26,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from appearance import look_of, unlike
 from data import Category, DataError, Sample, list_images, open_category, read_image, to_array
-from efficientad import EfficientAD, ModelError, pick_device
+from efficientad import EfficientAD, ModelError, false_alarms, pick_device
 from metrics import (
     area_under_curve,
     average_precision,
@@ -49,6 +50,7 @@ from report import (
     summarize_runs,
     table,
 )
+from runfolder import lock, remove_leftovers, write
 
 MAPS = ("combined", "local", "global")
 
@@ -60,8 +62,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--images", metavar="DIR", help="score the images in this folder instead: images/scores.csv and overlays")
     p.add_argument("--tiff", action="store_true", help="also write anomaly_maps/<category>/test/<type>/<name>.tiff: float32,"
                    " original image size")
+    p.add_argument("--skip-bad-images", action="store_true", help="with --images: leave out files that cannot be read and list them"
+                   " in images/skipped.csv, instead of stopping")
+    p.add_argument("--export", metavar="FILE", help="write the model as FILE.onnx or FILE.pt2 (torch.export) instead")
     p.add_argument("--device", help="cuda or cpu; default cuda if there is one")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.images is not None and (args.data or args.tiff):
+        p.error("--images scores unlabelled images; --data and --tiff belong to an evaluation")
+    if args.skip_bad_images and args.images is None:
+        p.error("--skip-bad-images goes with --images; test images that are left out would change the figures")
+    if args.export and (args.data or args.tiff or args.images is not None):
+        p.error("--export goes with --run alone")
+    return args
 
 
 def newest_run() -> Path:
@@ -69,20 +81,6 @@ def newest_run() -> Path:
     if not models:
         raise DataError("runs/: no trained model; run train.py first, or name a run with --run")
     return max(models, key=lambda p: p.stat().st_mtime).parent
-
-
-def write(path: Path, content: str | bytes | Image.Image) -> None:
-    """Write a text, bytes or an image under a temporary name, then rename: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.stem}.tmp{os.getpid()}{path.suffix}")
-    try:
-        if isinstance(content, Image.Image):
-            content.save(temporary)
-        else:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def to_tensor(image: Image.Image, size: tuple[int, int], device: torch.device) -> torch.Tensor:
@@ -181,18 +179,46 @@ def ablation_scores(model: EfficientAD, category: Category) -> list[dict]:
     return entries
 
 
-def score_folder(run: Path, model: EfficientAD, images: str) -> None:
-    """Score the images below a folder, with overlays."""
-    device, threshold = model.threshold.device, model.threshold.item()
-    folder, rows = run / "images", []
+def score_folder(run: Path, model: EfficientAD, images: str, skip_bad: bool) -> None:
+    """Score the images below a folder, with overlays. One image is in memory at a time."""
+    device, threshold, usual = model.threshold.device, model.threshold.item(), model.training_info.get("usual")
+    folder, rows, skipped = run / "images", [], []
     for path in tqdm(list_images(images, recursive=True), "scoring", unit="image"):
-        image, maps, scores = predict(model, path, device)
-        name = path.relative_to(images)
-        rows.append([str(name), *(f"{scores[m]:.6f}" for m in MAPS), int(scores["combined"] > threshold)])
+        name = str(path.relative_to(images))
+        try:
+            image, maps, scores = predict(model, path, device)
+        except DataError as error:
+            if not skip_bad:
+                raise DataError(f"{error}; or leave such files out with --skip-bad-images") from None
+            skipped.append([name, str(error)])
+            continue
+        odd = ", ".join(unlike(look_of(image), usual)) if usual else ""
+        rows.append([name, *(f"{scores[m]:.6f}" for m in MAPS), int(scores["combined"] > threshold), odd])
         write(folder / "overlays" / f"{name}.png", overlay(image, None, maps, threshold))
-    write(folder / "scores.csv", csv_text(["image", "score", "score_local", "score_global", "anomalous"], rows))
-    print(f"{sum(row[-1] for row in rows)} of {len(rows)} images above the threshold {threshold:.4f}")
-    print(f"wrote {folder / 'scores.csv'} and {folder / 'overlays'}")
+    if not rows:
+        raise DataError(f"{images}: none of its {len(skipped)} images can be read; the first: {skipped[0][1]}")
+    header = ["image", "score", "score_local", "score_global", "anomalous", "unlike_training"]
+    write(folder / "scores.csv", csv_text(header, rows))
+    write(folder / "skipped.csv", csv_text(["image", "reason"], skipped))
+    print("".join(f"skipped: {reason}\n" for _, reason in skipped), end="", file=sys.stderr)
+    print(f"{sum(row[4] for row in rows)} of {len(rows)} images above the threshold {threshold:.4f}; {calibration_note(model)}")
+    odd = [row for row in rows if row[5]]
+    if odd:
+        print(f"{len(odd)} of {len(rows)} images are unlike the training images in size, colour or brightness: do not trust their"
+              f" scores; the first is {odd[0][0]} ({odd[0][5]}), the others are in the last column")  # fmt: skip
+    if not usual:
+        print("the model does not say how its training images looked: images unlike them are not marked")
+    print(f"wrote {folder / 'scores.csv'} and {folder / 'overlays'}" + (f"; {len(skipped)} skipped" if skipped else ""))
+
+
+def calibration_note(model: EfficientAD) -> str:
+    """What the threshold means, in words."""
+    n = model.training_info.get("validation_images")
+    if not n:
+        return "the model does not say how many validation images it was calibrated on"
+    expected, bound = (100 * share for share in false_alarms(n))
+    return (f"it is the highest score of {n} validation images: expect {expected:.2g} % false alarms on normal images, with 95 %"
+            f" confidence less than {bound:.2g} %")  # fmt: skip
 
 
 def evaluate(run: Path, model: EfficientAD, args: argparse.Namespace) -> dict:
@@ -227,16 +253,20 @@ def evaluate(run: Path, model: EfficientAD, args: argparse.Namespace) -> dict:
         (results if name == "overall" else results["types"][name]).update({key: areas[limit], f"{key}_by_limit": areas})
     info = {k: model.training_info.get(k) for k in ("size", "image_size", "steps", "seed", "precision", "category")}
     results["training"] = info
+    n = model.training_info.get("validation_images")
+    expected, bound = false_alarms(n) if n else (None, None)
+    results["calibration"] = {"validation_images": n, "expected_false_alarms": expected, "upper_bound_95": bound}
     if model.training_info.get("ablation"):
         results["ablation"] = ablation_scores(model, category)
     write(run / "scores.csv", csv_text(["image", "defect", "score", "score_local", "score_global", "anomalous"], rows))
     cells = results_table(results)
-    write(run / "results.md", table(cells) + "\n")
-    origin = ", ".join(f"{k} {v}" for k, v in info.items() if k != "category")
+    note = f"percent; threshold {threshold:.4f}: {calibration_note(model)}"
+    write(run / "results.md", f"{table(cells)}\n\n{note}\n")
+    origin = ", ".join(f"{k} {v}" for k, v in info.items() if k != "category") + f"; {note.removeprefix('percent; ')}"
     write(run / "report.html", html_report(results, origin, cells, entries, curves))
     write(run / "results.json", json.dumps(results, indent=1) + "\n")  # last: with it the evaluation counts as done
     print(table(cells))
-    print(f"percent; the threshold {threshold:.4f} is the highest score of the validation images")
+    print(note)
     print(f"wrote {run / 'report.html'}, results.json, results.md, scores.csv and overlays/")
     return results
 
@@ -244,8 +274,8 @@ def evaluate(run: Path, model: EfficientAD, args: argparse.Namespace) -> dict:
 def evaluate_runs(folder: Path, runs: list[Path], args: argparse.Namespace) -> None:
     """Evaluate each run of a collection, of several seeds or of an ablation that has no results newer than its model, then write
     and print the summary. A run that fails does not stop the rest; it makes the exit status 1, as does an unfinished one."""
-    if args.data or args.images:
-        raise DataError(f"{folder}: is a folder of runs; --data and --images take one of them, such as --run {runs[0]}")
+    if args.data or args.images or args.export:
+        raise DataError(f"{folder}: is a folder of runs; --data, --images and --export take one of them, such as --run {runs[0]}")
     results, failed = [], {}
     for run in runs:
         try:
@@ -256,7 +286,10 @@ def evaluate_runs(folder: Path, runs: list[Path], args: argparse.Namespace) -> N
                 results.append(known)
                 continue
             print(f"{run}:", file=sys.stderr)
-            results.append(evaluate(run, load(run, args.device), args))
+            model = load(run, args.device)
+            with lock(run / ".lock"):
+                remove_leftovers(run)
+                results.append(evaluate(run, model, args))
         except Exception as error:
             if not isinstance(error, (DataError, ModelError, OSError)):
                 traceback.print_exc()
@@ -292,13 +325,23 @@ def main(argv: list[str] | None = None) -> None:
     runs = [] if (run / "model.pt").exists() else sorted(path.parent for path in run.glob("*/model.pt"))
     if runs:
         evaluate_runs(run, runs, args)
-    elif args.images:
-        score_folder(run, load(run, args.device), args.images)
-    else:
-        evaluate(run, load(run, args.device), args)
+        return
+    model = load(run, args.device)
+    if args.export:
+        from export import export  # imported here: it takes a second
+
+        export(model, Path(args.export))
+        return
+    with lock(run / ".lock"):
+        remove_leftovers(run)
+        if args.images is not None:
+            score_folder(run, model, args.images, args.skip_bad_images)
+        else:
+            evaluate(run, model, args)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
         main()
     except (DataError, ModelError, OSError) as error:

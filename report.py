@@ -196,7 +196,7 @@ def overlay(image: Image.Image, mask: np.ndarray | None, maps: dict[str, np.ndar
     """One row: input, mask (if given), and the input under each map's heat colours, on one scale for every picture of a run: from
     0 (q_a) to twice the threshold, so that the threshold is in the middle."""
     side, score = 256, maps["combined"].max()
-    size = (side, max(1, round(side * image.height / image.width)))
+    size = (side, min(4 * side, max(1, round(side * image.height / image.width))))  # a thin strip would be a mile high
     image = image.resize(size, Image.Resampling.BILINEAR)
     panels = [("input", image)]
     if mask is not None:
@@ -225,7 +225,7 @@ def data_uri(image: Image.Image, kind: str) -> str:
 def report_entry(name: str, image: Image.Image, mask: np.ndarray, maps: dict[str, np.ndarray], threshold: float) -> dict:
     """A test image in the report: its input as JPEG, its maps as translucent 64-pixel PNGs (the browser enlarges them), on the
     scale of `overlay`, and the outline of its mask. About 25 KB."""
-    size = (240, max(1, round(240 * image.height / image.width)))
+    size = (240, min(960, max(1, round(240 * image.height / image.width))))
     entry = {"name": name, "score": float(maps["combined"].max()), "input": data_uri(image.resize(size), "jpeg")}
     for key, values in maps.items():
         small = Image.fromarray(values.astype(np.float32)).resize((64, max(1, 64 * size[1] // size[0])), Image.Resampling.BOX)
