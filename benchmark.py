@@ -50,6 +50,7 @@ from benchmarks.figures import plot, print_tables, write_readme
 from benchmarks.rows import ROWS, half_type, ours, plain_step, with_kernels
 from efficientad import EfficientAD, cpu_has_bf16, pick_device
 from metrics import area_under_curve, au_pro
+from simplenet import SimpleNet
 
 LAST = torch.channels_last
 
@@ -187,7 +188,7 @@ def kernel_section() -> dict:
 
 
 def environment(device: torch.device) -> dict:
-    """Hardware and versions, for the head of a table."""
+    """Hardware and versions, for the head of a table; of a CPU also how busy it was beforehand."""
     versions = {"Python": platform.python_version()}
     for package in ("torch", "triton", "onnxruntime", "openvino"):
         try:
@@ -196,13 +197,14 @@ def environment(device: torch.device) -> dict:
             pass
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device), "versions": versions}
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")] or [platform.processor()]
     name = f"{names[0]}, {torch.get_num_threads()} of {os.cpu_count()} cores"
     for extension, there in (("AMX", torch.cpu._is_amx_tile_supported()), ("AVX512-BF16", cpu_has_bf16(device))):
         name += f", {extension}" * there
-    return {"device": name, "versions": versions}
+    return {"device": name, "versions": versions, "load_average": load}
 
 
 def memory(device: torch.device, peak: bool = False) -> int | None:
@@ -292,12 +294,17 @@ def measure_rows(model: nn.Module, images: Tensor, names: list[str], budget: flo
     return list(rows.values())
 
 
-def models(sizes: list[str], device: torch.device, side: int = 256) -> dict[str, EfficientAD]:
+def models(names: list[str], device: torch.device, side: int | None = None) -> dict[str, nn.Module]:
     """What is timed, by name; any module that takes uint8 N×3×H×W, gives (map, score) and has `image_size` and `optimize`. The
-    weights are random: time does not depend on them."""
+    weights are random: time does not depend on them. `side`: of EfficientAD's images, 256 by default; SimpleNet has its own."""
     torch.manual_seed(0)
-    names = {"small": "EfficientAD-S", "medium": "EfficientAD-M"}
-    return {names[size]: EfficientAD(size=size, image_size=(side, side)).to(device).eval() for size in sizes}
+    size = (side or 256,) * 2
+    makers = {
+        "EfficientAD-S": lambda: EfficientAD(image_size=size),
+        "EfficientAD-M": lambda: EfficientAD(size="medium", image_size=size),
+        "SimpleNet": SimpleNet,  # on wide_resnet50_2
+    }
+    return {name: makers[name]().to(device).eval() for name in names}
 
 
 def inference_section(device: torch.device, quick: bool, budget: float) -> dict:
@@ -305,8 +312,9 @@ def inference_section(device: torch.device, quick: bool, budget: float) -> dict:
     ceilings = {False: matmul_tflop_s(torch.float32, device), True: matmul_tflop_s(half, device)}
     names, rows, costs = list(ROWS), [], {"batch size": [], "image size": [], "images": []}
     if quick:
-        names.remove("torch.compile max-autotune, half")  # it compiles for minutes
-    for name, model in models(["small"] if quick else ["small", "medium"], device).items():
+        names.remove("torch.compile max-autotune, half")  # compiling takes long
+    timed = ["EfficientAD-S", "SimpleNet"] if quick else ["EfficientAD-S", "EfficientAD-M", "SimpleNet"]
+    for name, model in models(timed, device).items():
         for batch in (1,) if quick else (1, 16):
             images = draw_images(batch, model.image_size[0], device)
             with torch.no_grad():
@@ -320,12 +328,12 @@ def inference_section(device: torch.device, quick: bool, budget: float) -> dict:
     batches = (1, 4) if quick else (1, 2, 4, 8, 16, 32)
     sides = (128, 256) if quick else (128, 256, 512, 768, 1024)
     for cost, batch, side in [("batch size", n, 256) for n in batches] + [("image size", 1, side) for side in sides]:
-        model, x = models(["small"], device, side)["EfficientAD-S"], batch if cost == "batch size" else side
+        model, x = models(["EfficientAD-S"], device, side)["EfficientAD-S"], batch if cost == "batch size" else side
         for row in measure_rows(model, draw_images(batch, side, device), ["eager half", "ours"], budget / 10):
             if "ms" in row:
                 costs[cost].append({"x": x, "ms": row["ms"] / batch, "row": row["row"]})
     for n in (1, 4, 8) if quick else (1, 10, 100) if device.type == "cpu" else (1, 10, 100, 1000, 10000):
-        model, image = models(["small"], device)["EfficientAD-S"], draw_images(1, 256, device)
+        model, image = models(["EfficientAD-S"], device)["EfficientAD-S"], draw_images(1, 256, device)
         start, function = time.perf_counter(), ours(model, image)
         for _ in range(n):
             function(image)
@@ -338,7 +346,7 @@ def training_section(device: torch.device, quick: bool, budget: float) -> dict:
     rows = []
     bf16 = device.type == "cuda" or cpu_has_bf16(device)
     steps_a_call = 50 if device.type == "cuda" else 1  # between two waits for the device
-    for name, model in models(["small"] if quick else ["small", "medium"], device).items():
+    for name, model in models(["EfficientAD-S"] if quick else ["EfficientAD-S", "EfficientAD-M"], device).items():
         batch = {"images": draw_images(1, 256, device), "photos": draw_images(1, 256, device).flip(-1)}
 
         def several(step: Callable, batch: dict[str, Tensor]) -> None:

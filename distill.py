@@ -11,6 +11,7 @@ Under torchrun each process takes its share of every batch, so that any number o
 """
 
 import argparse
+import glob
 import json
 import math
 import os
@@ -35,11 +36,13 @@ from efficientad import (
     IMAGENET_STD,
     PDN,
     ModelError,
+    all_finite,
     channel_statistics,
     pick_device,
     read_checkpoint,
     write_checkpoint,
 )
+from runs import check_losses, last_line, lock, log_entry, open_log, remove_leftovers
 
 
 class Views(Dataset):
@@ -180,7 +183,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         p.error("--image-size must be a multiple of 32")
     if min(args.steps, args.batch_size, args.statistics_images, args.checkpoint_every) < 1:
         p.error("--steps, --batch-size, --statistics-images and --checkpoint-every must be at least 1")
-    if not args.lr > 0 or args.views < 0 or args.seed < 0:
+    if not 0 < args.lr < math.inf or args.views < 0 or args.seed < 0:
         p.error("need --lr > 0, --views >= 0 and --seed >= 0")
     if args.batch_size % world or args.statistics_images < world:
         p.error(f"--batch-size must be a multiple of the {world} processes, and --statistics-images at least as many")
@@ -201,6 +204,9 @@ def main(argv: list[str] | None = None) -> None:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    held = None if rank else lock(args.out.with_name(f".{args.out.name}.lock"))
+    for path in () if rank else (args.out, resume_file, args.out.with_suffix(".jsonl")):
+        remove_leftovers(args.out.parent, glob.escape(path.name))
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True  # of one shape, many steps
 
@@ -223,13 +229,18 @@ def main(argv: list[str] | None = None) -> None:
     indifferent = ("device", "resume", "out", "checkpoint_every", "cache_gib", "workers", "rank", "world")
     options = {k: v for k, v in vars(args).items() if k not in indifferent}
     start = 0
-    if args.resume:
+    if args.resume and not resume_file.exists():
+        print(f"{resume_file}: nothing saved yet, begins at the first step", file=sys.stderr)
+    if args.resume and resume_file.exists():
         state = read_checkpoint(str(resume_file))
         if state.get("options") != options:
             raise ModelError(f"{resume_file}: made with other options; repeat the command that made it, with --resume")
-        start, targets.mean, targets.std = state["step"], state["mean"], state["std"]
-        pdn.load_state_dict(state["pdn"])
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            start, targets.mean, targets.std = state["step"], state["mean"], state["std"]
+            pdn.load_state_dict(state["pdn"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
+            raise ModelError(f"{resume_file}: damaged; remove it and start again") from None
     else:
         share = range(min(args.statistics_images, len(paths)))[rank::world]  # of the first views: as many different photos
         if not share:
@@ -241,15 +252,24 @@ def main(argv: list[str] | None = None) -> None:
             targets.mean, targets.std = merged_statistics(targets.mean, targets.std, len(share))
     network = torch.nn.parallel.DistributedDataParallel(pdn) if world > 1 else pdn
 
+    recent = []  # losses since they were looked at
+
     def save(step: int) -> None:
+        if recent:
+            check_losses(recent, step - 1, args.out)
+        if not all_finite(pdn.parameters()):
+            raise ModelError(f"{args.out}: step {step - 1}: it left weights that are not finite; lower --lr and start again")
         state = {"step": step, "options": options, "mean": targets.mean, "std": targets.std}
         write_checkpoint(state | {"pdn": pdn.state_dict(), "optimizer": optimizer.state_dict()}, str(resume_file))
+
+    if start == 0 and rank == 0:
+        save(0)  # the statistics took a while
 
     # Training.
     share = args.batch_size // world  # of every batch
     todo = [i for i in range(start * args.batch_size, len(views)) if i % args.batch_size // share == rank]
     loader = DataLoader(Subset(views, todo), share, num_workers=args.workers, pin_memory=args.workers > 0)
-    log = open(os.devnull if rank else args.out.with_suffix(".jsonl"), "a" if args.resume else "w", encoding="utf-8")
+    log = open(os.devnull, "wb", buffering=0) if rank else open_log(args.out.with_suffix(".jsonl"), start)
     stop = []  # Ctrl-C ends the run after the step at hand; a second one at once
     previous = signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)))
     started, running, stopping = time.time(), None, False
@@ -265,17 +285,17 @@ def main(argv: list[str] | None = None) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        recent.append(loss.detach())
         if step % 20 == 0 or step == args.steps - 1:
             news = torch.stack([loss.detach(), torch.tensor(len(stop), device=device)])
             if world > 1:
                 dist.all_reduce(news)  # all stop at the same step
             value, stopping = news[0].item() / world, bool(news[1])
-            if not math.isfinite(value):
-                raise ModelError(f"{args.out}: step {step}: the loss is not finite; lower --lr and start again")
+            check_losses(recent, step, args.out)
             running = value if running is None else 0.9 * running + 0.1 * value
             bar.set_postfix(loss=f"{running:.4f}")
             entry = {"step": step, "loss": value, "lr": learning_rate(step, args), "seconds": time.time() - started}
-            print(json.dumps(entry), file=log, flush=True)
+            log_entry(log, entry)
         if world == 1:
             stopping = bool(stop)
         if rank == 0 and (stopping or ((step + 1) % args.checkpoint_every == 0 and step + 1 < args.steps)):
@@ -297,10 +317,14 @@ def main(argv: list[str] | None = None) -> None:
             for _, small, large in DataLoader(Views(held_out, len(held_out), args), args.batch_size):
                 errors += (pdn(normalize(small, device)) - targets.compute(large)).square().mean((1, 2, 3)).tolist()
         result["held_out_loss"] = sum(errors) / len(errors)
-    print(json.dumps(result), file=log, flush=True)
+    log_entry(log, result)
     print(json.dumps(result))
+    if not all_finite(pdn.parameters()):
+        raise ModelError(f"{args.out}: the last step left weights that are not finite; lower --lr and start again")
     write_checkpoint({k: v.half().contiguous().cpu() for k, v in pdn.state_dict().items()}, str(args.out))
     resume_file.unlink(missing_ok=True)
+    if held:
+        held.close()
     print(f"wrote {args.out}")
 
 
@@ -308,7 +332,7 @@ if __name__ == "__main__":
     try:
         main()
     except (DataError, WeightsError, ModelError, OSError) as error:
-        print(f"distill.py: {error}", file=sys.stderr)
+        print(f"distill.py: {last_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # before the first step or after the last; during training see `stop`
         print("\ndistill.py: interrupted", file=sys.stderr)

@@ -14,10 +14,10 @@ then `EfficientAD`, which holds everything needed to score an image.
     fast = model.optimize()                                      # the same maps and scores from uint8 images, sooner
 """
 
+import io
 import math
 import os
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ except Exception:  # not there, or a foreign package of that name: whatever it r
 
 CHANNELS = 384  # C, the teacher's output channels
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TILE = 2**28  # elements of a PDN's first activation that inference computes at once: 1 GiB in float32, all of 32 images of 256² (S)
 KERNELS = os.environ.get("EFFICIENTAD_KERNELS") != "0"
 
 
@@ -58,6 +59,11 @@ def use_kernels(*tensors: Tensor) -> bool:
     exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     return KERNELS and runs_on(*tensors) and not exporting and not gradient and all(t.dtype != torch.float64 for t in tensors)
+
+
+def cpu_has_bf16(device: torch.device) -> bool:
+    """Whether this is a CPU with bf16 instructions; those with AMX have AVX512-BF16 too."""
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 # ---------------------------------------------------------------------------------------------------------------- networks
@@ -151,6 +157,18 @@ def quantile(x: Tensor, q: float) -> Tensor:
     return torch.where(x.isnan().any(), math.nan, value)  # kthvalue sorts NaN last
 
 
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no element of any tensor is infinite or NaN; waits for the GPU once."""
+    return bool(torch.stack([t.detach().isfinite().all() for t in tensors]).all())
+
+
+def false_alarms(n: int) -> tuple[float, float]:
+    """What a threshold at the highest score of n normal images means for further ones of the same kind: (the expected share of
+    false alarms, a bound that this share keeps with 95 % confidence). The share is Beta(1, n)-distributed whatever the scores'
+    distribution is: mean 1/(n + 1), and it exceeds x with probability (1 − x)ⁿ."""
+    return 1 / (n + 1), 1 - 0.05 ** (1 / n)
+
+
 def channel_statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and (population) standard deviation per channel over batches N×C×h×w -> two float32 1×C×1×1. One pass: per-batch
     moments in float64, merged with Chan's update, so that nothing cancels. Raises ValueError if there is no batch."""
@@ -224,6 +242,7 @@ class EfficientAD(nn.Module):
         self.image_size, self.padding = image_size, padding
         self.teacher = PDN(size, CHANNELS, padding).requires_grad_(False)
         self.student = PDN(size, 2 * CHANNELS, padding)  # first half S predicts the teacher, second half S' the autoencoder
+        self.activation = self.student[0].out_channels * math.prod(image_size)  # elements of a PDN's first one, its largest
         self.map_size = tuple(s // 4 - (0 if padding else 8) for s in image_size)  # h, w
         self.autoencoder = Autoencoder(image_size, self.map_size)
         self.register_buffer("teacher_mean", torch.zeros(1, CHANNELS, 1, 1))
@@ -261,7 +280,11 @@ class EfficientAD(nn.Module):
 
     def raw_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Local and global anomaly map before normalization, each N×1×h×w: channel means of (T − S)² (section 3.2) and
-        (A − S')² (section 3.3)."""
+        (A − S')² (section 3.3). What exceeds `TILE` is computed image by image and strip by strip, to the same maps."""
+        if self.oversized(images):
+            n = max(1, TILE // self.activation)
+            parts = [self.raw_maps_in_strips(x) if n == 1 else self.raw_maps(x) for x in images.split(n)]
+            return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
         teacher, student, autoencoder = self.features(images)
         student, student_ae = student.split(CHANNELS, 1)
         if use_kernels(teacher, student, autoencoder):
@@ -269,6 +292,30 @@ class EfficientAD(nn.Module):
         local_map = (teacher - student).float().square().mean(1, keepdim=True)
         global_map = (autoencoder - student_ae).float().square().mean(1, keepdim=True)
         return local_map, global_map
+
+    def oversized(self, images: Tensor) -> bool:
+        return not torch.is_grad_enabled() and not torch.compiler.is_exporting() and len(images) * self.activation > TILE
+
+    def raw_maps_in_strips(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """`raw_maps` without gradient and with little memory: teacher and student see a strip of the image at a time, with all that
+        the receptive fields of its outputs cover, so there are no seams. The autoencoder needs the whole image."""
+        x = self.normalize(images)
+        autoencoder = self.autoencoder(x)
+        height, maps = autoencoder.shape[2], []
+        step = max(8, TILE * height // (len(images) * self.activation))
+        for top in range(0, height, step):
+            bottom = min(top + step, height)
+            if self.padding:  # rows within 9 of a strip's inner edge would see its zeros, not the image
+                first, last = max(0, top - 9), min(height, bottom + 9)
+                strip = x[:, :, 4 * first : 4 * last]
+            else:  # output row i sees the input rows 4i to 4i + 32
+                first, strip = top, x[:, :, 4 * top : 4 * bottom + 29]
+            rows = slice(top - first, bottom - first)
+            student, student_ae = self.student(strip)[:, :, rows].split(CHANNELS, 1)
+            local_map = (self.teacher_features(strip)[:, :, rows] - student).float().square().mean(1, keepdim=True)
+            global_map = (autoencoder[:, :, top:bottom] - student_ae).float().square().mean(1, keepdim=True)
+            maps.append((local_map, global_map))
+        return torch.cat([m[0] for m in maps], 2), torch.cat([m[1] for m in maps], 2)
 
     def normalize_maps(self, local_map: Tensor, global_map: Tensor) -> tuple[Tensor, Tensor]:
         """Raw maps N×1×h×w -> normalized (section 3.4: q_a becomes 0, q_b 0.1) and resized to the image, each N×1×H×W."""
@@ -289,7 +336,7 @@ class EfficientAD(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """RGB N×3×H×W, uint8 0–255 or float 0–1 -> combined anomaly map N×1×H×W and anomaly score N, its maximum."""
-        if use_kernels(images, *self.parameters()):
+        if use_kernels(images, *self.parameters()) and not self.oversized(images):
             m = self.resize(combined_map(*self.features(images), self.quantiles))  # linear: one resize serves both maps
             return m, m.amax((1, 2, 3))
         return self.combine(*self.maps(images))
@@ -300,12 +347,14 @@ class EfficientAD(nn.Module):
         combined_map = 0.5 * (local_map + global_map)
         return combined_map, combined_map.amax((1, 2, 3))
 
-    def optimize(self, precision: str = "auto", batch_sizes: tuple[int, ...] = (1,)) -> "FastEfficientAD":
-        """This model's fast form, on the same device, for inference alone: see `FastEfficientAD`. `precision`: "fp32", "bf16",
-        "fp16", or "auto": bf16 on a CPU that has instructions for it (AMX, AVX512-BF16), else fp32; fp16 on a GPU, where it is
-        as fast as bf16 and rounds eight times finer, while nothing comes near its limit of 65,504 (in an S trained on bottle, on
-        its images, on photos and on noise: image less mean 151, activations 32). `batch_sizes`: each gets a CUDA graph; others
-        run too, without one. Raises ValueError for another precision, ModelError if a weight overflows it."""
+    def optimize(self, precision: str = "auto", batch_sizes: tuple[int, ...] = (1,)) -> "EfficientAD":
+        """This model's fast form, on the same device, for inference alone: see `FastEfficientAD` in fast.py, which must lie beside
+        this file. `precision`: "fp32", "bf16", "fp16", or "auto": bf16 on a CPU with instructions for it, else fp32; fp16 on a
+        GPU, as it is as fast as bf16 and rounds eight times finer, while nothing comes near its limit of 65,504 (in an S trained on
+        bottle, on its images, on photos and on noise: image less mean 151, activations 32). `batch_sizes`: each gets a CUDA
+        graph; others run too, without one. Raises ValueError for another precision, ModelError if a weight overflows it."""
+        from fast import FastEfficientAD  # here: whoever copies this file alone can do without
+
         return FastEfficientAD(self, precision, batch_sizes)
 
     # ---- training
@@ -337,6 +386,10 @@ class EfficientAD(nn.Module):
         if pretraining is not None:
             losses["penalty"] = pretraining_penalty(student[n:])
         return losses
+
+    def parameter_groups(self, lr: float = 1e-4) -> list[dict]:
+        """For the optimizer: what is trained, student and autoencoder."""
+        return [{"params": [*self.student.parameters(), *self.autoencoder.parameters()], "lr": lr}]
 
     @torch.no_grad()
     def fit_teacher_statistics(self, batches: Iterable[Tensor]) -> None:
@@ -389,7 +442,7 @@ class EfficientAD(nn.Module):
         except (RuntimeError, AttributeError, TypeError):
             size = self.config["size"]
             raise ModelError(f"{path}: not a {size} teacher; pass one that `distill.py --size {size}` made") from None
-        if not all(bool(p.isfinite().all()) for p in self.teacher.parameters()):
+        if not all_finite(self.teacher.parameters()):
             raise ModelError(f"{path}: the teacher's weights are not finite; make it again with distill.py")
 
     def save(self, path: str) -> None:
@@ -402,7 +455,7 @@ class EfficientAD(nn.Module):
     @classmethod
     def load(cls, path: str) -> "EfficientAD":
         """Read a model that `save` wrote, on the CPU, in eval mode. Executes no code from the file. Raises ModelError if it
-        is missing, damaged or of another program."""
+        is missing, damaged, not finite or of another program."""
         checkpoint = read_checkpoint(path)
         if checkpoint.get("format") != "efficientad":
             raise ModelError(f"{path}: not a model of this program; pass a model.pt that train.py wrote")
@@ -412,152 +465,24 @@ class EfficientAD(nn.Module):
             model.training_info = dict(checkpoint["training"])
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
             raise ModelError(f"{path}: damaged model file; train again or restore it from a copy") from None
+        if not all_finite(tensor for name, tensor in model.state_dict().items() if name != "threshold"):
+            raise ModelError(f"{path}: holds a weight or statistic that is not a number; train again")
         return model.eval()
 
 
-# --------------------------------------------------------------------------------------------------------------- fast form
-
-
-class FastEfficientAD(EfficientAD):
-    """What `EfficientAD.optimize` makes: uint8 N×3×H×W, on any device -> the model's map and score up to rounding. It takes no
-    float images (TypeError) and can neither be trained nor saved.
-
-    The networks have half-precision weights, channels last. Scaling to ImageNet's statistics lies in their first convolutions; the
-    mean colour is still subtracted from the image, as it turns from uint8 to float, because zero padding has to mean it. The
-    teacher's mean and standard deviation lie in its last convolution. On a GPU a batch of one of `batch_sizes` is one CUDA graph
-    launch behind an asynchronous copy of the images; on a CPU oneDNN applies ReLU within the convolutions."""
-
-    def __init__(self, model: EfficientAD, precision: str, batch_sizes: tuple[int, ...]):
-        super().__init__(**model.config)
-        device = model.threshold.device
-        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        if precision == "auto":
-            precision = "fp16" if device.type == "cuda" else "bf16" if cpu_has_bf16(device) else "fp32"
-        if precision not in dtypes:
-            raise ValueError(f"precision must be auto, fp32, bf16 or fp16, got {precision!r}")
-        self.precision, self.dtype, self.training_info = precision, dtypes[precision], model.training_info
-        self.load_state_dict(model.state_dict())
-        self.to(device).eval().requires_grad_(False)
-
-        for i, layer in enumerate(self.autoencoder):
-            if isinstance(layer, nn.Dropout):
-                self.autoencoder[i] = nn.Identity()
-        networks, last = (self.teacher, self.student, self.autoencoder), self.teacher[-1]
-        for network in networks:
-            network[0].weight /= 255 * self.std
-        self.mean *= 255
-        last.weight /= self.teacher_std.view(-1, 1, 1, 1)
-        last.bias.sub_(self.teacher_mean.flatten()).div_(self.teacher_std.flatten())
-        for network in networks:
-            network.to(dtype=self.dtype, memory_format=torch.channels_last)
-        if not all(bool(p.isfinite().all()) for p in self.parameters()):
-            raise ModelError(f"a weight of this model is beyond {precision}: choose another precision")
-        x = torch.zeros(max(batch_sizes, default=1), 3, *self.image_size, dtype=self.dtype, device=device)
-        fusible = device.type == "cpu" and torch.backends.mkldnn.is_available() and not use_kernels(x)
-        if fusible and (precision == "fp32" or precision == "bf16" and cpu_has_bf16(device)):
-            for network in networks:
-                fuse_relu(network, x)
-
-        self.graphs: dict[int, tuple[Tensor, Graphed]] = {}  # by batch size: the images' buffer, and the graph that reads it
-        benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True  # choose the best algorithms once
-        for n in batch_sizes if device.type == "cuda" else ():
-            images = x[:n].byte()
-            self.graphs[n] = images, Graphed(partial(super().forward, images), device)
-            for _ in range(Graphed.WARM_UP + 1):
-                self.graphs[n][1]()
-        torch.backends.cudnn.benchmark = benchmark
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """uint8 N×3×H×W -> what the first convolutions take: minus 255 times the mean colour, in half precision."""
-        self.check_shape(images)
-        if images.dtype != torch.uint8:
-            raise TypeError(f"the fast form takes uint8 images (0–255), got {images.dtype}")
-        images = images.to(self.mean.device, non_blocking=True)
-        return (images - self.mean).to(self.dtype, memory_format=torch.channels_last)
-
-    def teacher_features(self, x: Tensor) -> Tensor:
-        return self.teacher(x)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        buffer, graph = self.graphs.get(len(images), (None, None))
-        if graph is None or images.dtype != buffer.dtype or images.shape != buffer.shape:
-            return super().forward(images)
-        buffer.copy_(images if images.is_cuda else images.pin_memory(), non_blocking=True)
-        m, score = graph()
-        return m.clone(), score.clone()  # the next call overwrites the graph's own
-
-    def save(self, *_):
-        raise TypeError("the fast form is for inference: train, calibrate and save the model that it was made from")
-
-    losses = fit_teacher_statistics = calibrate = load_teacher = optimize = save
-
-
-class Graphed:
-    """A function of no arguments as one CUDA graph; the tensors that it reads and writes must stay where they are. The first calls
-    are ordinary ones on a side stream, as torch wants before a capture; from then on a call launches all kernels at once and its
-    result lies in the same tensors each time. On another device every call is ordinary."""
-
-    WARM_UP = 3
-
-    def __init__(self, function: Callable, device: torch.device):
-        self.function, self.device, self.calls, self.graph, self.result = function, device, 0, None, None
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def __call__(self):
-        if self.stream is None:
-            return self.function()
-        with torch.cuda.device(self.device):
-            self.calls += 1
-            if self.calls <= self.WARM_UP:
-                self.stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(self.stream):
-                    result = self.function()
-                torch.cuda.current_stream().wait_stream(self.stream)
-                return result
-            if self.graph is None:
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):  # records, computes nothing
-                    self.result = self.function()
-            self.graph.replay()
-            return self.result
-
-
-def cpu_has_bf16(device: torch.device) -> bool:
-    """Whether this is a CPU with bf16 instructions; those with AMX have AVX512-BF16 too."""
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-
-
-class ConvReLU(nn.Module):
-    """A convolution, and the ReLU behind it if `relu`, as one oneDNN call whose weights are laid out for it beforehand. `shape`
-    is its input's. 12 % off a bf16 pass on an AMD EPYC with AVX512-BF16, of which ReLU is the most."""
-
-    def __init__(self, convolution: nn.Conv2d, shape: torch.Size, relu: bool):
-        super().__init__()
-        c, self.relu = convolution, "relu" if relu else "none"
-        self.padding, self.bias, self.arguments = c.padding, c.bias, (list(c.padding), list(c.stride), list(c.dilation), 1)
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(c.weight.detach(), *self.arguments, list(shape))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self.arguments, self.relu, [], "")
-
-
-def fuse_relu(network: nn.Sequential, x: Tensor) -> None:
-    """Replace the convolutions of a network in place; x N×3×H×W as it will come. Layers keep their places."""
-    for i, layer in enumerate(network):
-        shape, x = x.shape, layer(x)
-        if isinstance(layer, nn.Conv2d):
-            relu = i + 1 < len(network) and isinstance(network[i + 1], nn.ReLU)
-            network[i] = ConvReLU(layer, shape, relu)
-            if relu:
-                network[i + 1] = nn.Identity()
-
-
 def write_checkpoint(checkpoint: dict, path: str) -> None:
-    """torch.save under a temporary name in the same folder, then rename: a reader never sees half a file."""
-    temporary = f"{path}.tmp{os.getpid()}"
+    """torch.save under a temporary name in the same folder, then rename: a reader never sees half a file, and what `path` held
+    stays whole if this fails. Raises ModelError if it cannot be written."""
+    temporary, content = f"{path}.tmp{os.getpid()}", io.BytesIO()
+    torch.save(checkpoint, content)  # into memory: torch reports a full disk as one of its own bugs, and at length
     try:
-        torch.save(checkpoint, temporary)
+        with open(temporary, "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())  # the name must not survive a power failure without the content
         os.replace(temporary, path)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be written ({error.strerror}); what it held before is untouched") from None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -567,9 +492,11 @@ def read_checkpoint(path: str) -> dict:
     """A dict that torch.load(weights_only=True) reads, on the CPU. Raises ModelError otherwise."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ModelError(f"{path}: no such file") from None
-    except Exception:  # torch.load raises many kinds of errors for a foreign or damaged file
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except Exception:  # torch.load raises many kinds of errors for a foreign or damaged file, and for one that would execute code
         raise ModelError(f"{path}: not a readable checkpoint (damaged, or of another program)") from None
     if not isinstance(checkpoint, dict):
         raise ModelError(f"{path}: not a checkpoint of this program")

@@ -3,6 +3,7 @@
     python evaluate.py                               # the newest run
     python evaluate.py --run runs/bottle-small --tiff
     python evaluate.py --run runs/bottle-small --images new_photos
+    python evaluate.py --run runs/bottle-small --export model.onnx   # or model.pt2: uint8 images in, map and score out
     python evaluate.py --run runs/mvtec              # a collection: a row per category, the mean, the paper's values
     python evaluate.py --run runs/bottle-small-ablation  # tables 3 to 5
 
@@ -16,7 +17,6 @@ import copy
 import csv
 import io
 import json
-import os
 import sys
 import traceback
 from pathlib import Path
@@ -26,8 +26,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data import Category, DataError, Sample, list_images, open_category, read_image, to_array
-from efficientad import EfficientAD, ModelError, pick_device, read_checkpoint
+from data import Category, DataError, Sample, list_images, look_of, open_category, read_image, to_array, unlike
+from efficientad import EfficientAD, ModelError, false_alarms, pick_device, read_checkpoint
 from metrics import (
     area_under_curve,
     average_precision,
@@ -49,6 +49,7 @@ from report import (
     summarize_runs,
     table,
 )
+from runs import lock, remove_leftovers, write
 from simplenet import SimpleNet
 
 MAPS = ("combined", "local", "global")  # EfficientAD's; the first one gives the image's score
@@ -61,8 +62,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--images", metavar="DIR", help="score the images in this folder instead: images/scores.csv and overlays")
     p.add_argument("--tiff", action="store_true", help="also write anomaly_maps/<category>/test/<type>/<name>.tiff: float32,"
                    " original image size")
+    p.add_argument("--skip-bad-images", action="store_true", help="with --images: leave out files that cannot be read and list them"
+                   " in images/skipped.csv, instead of stopping")
+    p.add_argument("--export", metavar="FILE", help="write the model as FILE.onnx or FILE.pt2 (torch.export) instead")
     p.add_argument("--device", help="cuda or cpu; default cuda if there is one")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.images is not None and (args.data or args.tiff):
+        p.error("--images scores unlabelled images; --data and --tiff belong to an evaluation")
+    if args.skip_bad_images and args.images is None:
+        p.error("--skip-bad-images goes with --images; test images that are left out would change the figures")
+    if args.export and (args.data or args.tiff or args.images is not None):
+        p.error("--export goes with --run alone")
+    return args
 
 
 def newest_run() -> Path:
@@ -70,20 +81,6 @@ def newest_run() -> Path:
     if not models:
         raise DataError("runs/: no trained model; run train.py first, or name a run with --run")
     return max(models, key=lambda p: p.stat().st_mtime).parent
-
-
-def write(path: Path, content: str | bytes | Image.Image) -> None:
-    """Write a text, bytes or an image under a temporary name, then rename: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.stem}.tmp{os.getpid()}{path.suffix}")
-    try:
-        if isinstance(content, Image.Image):
-            content.save(temporary)
-        else:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def to_tensor(image: Image.Image, size: tuple[int, int], device: torch.device) -> torch.Tensor:
@@ -138,8 +135,8 @@ def summarize(scores: dict[str, np.ndarray], samples: list[Sample], category: Ca
     overall = measure(defects != "good")
     if category.layout == "loco":
         overall |= {k: float(np.mean([by_type[t][k] for t in types])) for k in overall if k not in ("images", "best_f1_threshold")}
-    false_alarms = float((own[defects == "good"] > threshold).mean())
-    good = {"good_images": int((defects == "good").sum()), "threshold": threshold, "false_alarms": false_alarms}
+    alarms = float((own[defects == "good"] > threshold).mean())
+    good = {"good_images": int((defects == "good").sum()), "threshold": threshold, "false_alarms": alarms}
     return {"category": category.name, **overall, **good, "types": by_type}
 
 
@@ -194,19 +191,47 @@ def scale(model: EfficientAD | SimpleNet) -> tuple[float, float]:
     return model.floor.item() if isinstance(model, SimpleNet) else 0.0, model.threshold.item()
 
 
-def score_folder(run: Path, model: EfficientAD | SimpleNet, images: str) -> None:
-    """Score the images below a folder, with overlays."""
-    threshold = model.threshold.item()
-    folder, rows = run / "images", []
+def score_folder(run: Path, model: EfficientAD | SimpleNet, images: str, skip_bad: bool) -> None:
+    """Score the images below a folder, with overlays. One image is in memory at a time."""
+    threshold, usual = model.threshold.item(), model.training_info.get("usual")
+    folder, rows, skipped = run / "images", [], []
     for path in tqdm(list_images(images, recursive=True), "scoring", unit="image"):
-        image, maps, scores = predict(model, path)
-        name, (score, *parts) = path.relative_to(images), scores.values()
-        rows.append([str(name), *(f"{s:.6f}" for s in (score, *parts)), int(score > threshold)])
+        name = str(path.relative_to(images))
+        try:
+            image, maps, scores = predict(model, path)
+        except DataError as error:
+            if not skip_bad:
+                raise DataError(f"{error}; or leave such files out with --skip-bad-images") from None
+            skipped.append([name, str(error)])
+            continue
+        odd = ", ".join(unlike(look_of(image), usual)) if usual else ""
+        score, *parts = scores.values()
+        rows.append([name, *(f"{s:.6f}" for s in (score, *parts)), int(score > threshold), odd])
         write(folder / "overlays" / f"{name}.png", overlay(image, None, maps, score, scale(model)))
-    header = ["image", "score", *(f"score_{name}" for name in list(scores)[1:]), "anomalous"]
+    if not rows:
+        raise DataError(f"{images}: none of its {len(skipped)} images can be read; the first: {skipped[0][1]}")
+    header = ["image", "score", *(f"score_{name}" for name in list(scores)[1:]), "anomalous", "unlike_training"]
     write(folder / "scores.csv", csv_text(header, rows))
-    print(f"{sum(row[-1] for row in rows)} of {len(rows)} images above the threshold {threshold:.4f}")
-    print(f"wrote {folder / 'scores.csv'} and {folder / 'overlays'}")
+    write(folder / "skipped.csv", csv_text(["image", "reason"], skipped))
+    print("".join(f"skipped: {reason}\n" for _, reason in skipped), end="", file=sys.stderr)
+    print(f"{sum(row[-2] for row in rows)} of {len(rows)} images above the threshold {threshold:.4f}; {calibration_note(model)}")
+    odd = [row for row in rows if row[-1]]
+    if odd:
+        print(f"{len(odd)} of {len(rows)} images are unlike the training images in size, colour or brightness: do not trust their"
+              f" scores; the first is {odd[0][0]} ({odd[0][-1]}), the others are in the last column")  # fmt: skip
+    if not usual:
+        print("the model does not say how its training images looked: images unlike them are not marked")
+    print(f"wrote {folder / 'scores.csv'} and {folder / 'overlays'}" + (f"; {len(skipped)} skipped" if skipped else ""))
+
+
+def calibration_note(model: EfficientAD | SimpleNet) -> str:
+    """What the threshold means, in words."""
+    n = model.training_info.get("validation_images")
+    if not n:
+        return "the model does not say how many validation images it was calibrated on"
+    expected, bound = (100 * share for share in false_alarms(n))
+    return (f"it is the highest score of {n} validation images: expect {expected:.2g} % false alarms on normal images, with 95 %"
+            f" confidence less than {bound:.2g} %")  # fmt: skip
 
 
 def evaluate(run: Path, model: EfficientAD | SimpleNet, args: argparse.Namespace) -> dict:
@@ -244,18 +269,23 @@ def evaluate(run: Path, model: EfficientAD | SimpleNet, args: argparse.Namespace
     info = {"model": "simplenet" if isinstance(model, SimpleNet) else "efficientad", **{k: model.config[k] for k in keys}}
     info |= {k: model.training_info.get(k) for k in ("image_size", "steps", "epochs", "seed", "precision", "category")}
     results |= {"training": info, "floor": scale(model)[0]}
+    n = model.training_info.get("validation_images")
+    expected, bound = false_alarms(n) if n else (None, None)
+    results["calibration"] = {"validation_images": n, "expected_false_alarms": expected, "upper_bound_95": bound}
     if model.training_info.get("ablation"):
         results["ablation"] = [] if isinstance(model, SimpleNet) else ablation_scores(model, category)
     header = ["image", "defect", "score", *(f"score_{name}" for name in list(scores)[1:]), "anomalous"]
     write(run / "scores.csv", csv_text(header, rows))
     cells = results_table(results)
-    write(run / "results.md", table(cells) + "\n")
+    note = f"percent; threshold {threshold:.4f}: {calibration_note(model)}"
+    write(run / "results.md", f"{table(cells)}\n\n{note}\n")
     origin = ", ".join(f"{k} {v}" for k, v in info.items() if k != "category" and v is not None)
+    origin += f"; {note.removeprefix('percent; ')}"
     write(run / "report.html", html_report(results, origin, cells, entries, curves))
     text = json.dumps(results, indent=1) + "\n"
     write(run / "results.json", text)  # last: with it the evaluation counts as done
     print(table(cells))
-    print(f"percent; the threshold {threshold:.4f} is the highest score of the validation images")
+    print(note)
     print(f"wrote {run / 'report.html'}, results.json, results.md, scores.csv and overlays/")
     return json.loads(text)
 
@@ -263,8 +293,8 @@ def evaluate(run: Path, model: EfficientAD | SimpleNet, args: argparse.Namespace
 def evaluate_runs(folder: Path, runs: list[Path], args: argparse.Namespace) -> None:
     """Evaluate each run of a collection, of several seeds or of an ablation that has no results newer than its model, then write
     and print the summary. A run that fails does not stop the rest; it makes the exit status 1, as does an unfinished one."""
-    if args.data or args.images:
-        raise DataError(f"{folder}: is a folder of runs; --data and --images take one of them, such as --run {runs[0]}")
+    if args.data or args.images or args.export:
+        raise DataError(f"{folder}: is a folder of runs; --data, --images and --export take one of them, such as --run {runs[0]}")
     results, failed = [], {}
     for run in runs:
         try:
@@ -275,7 +305,10 @@ def evaluate_runs(folder: Path, runs: list[Path], args: argparse.Namespace) -> N
                 results.append(known)
                 continue
             print(f"{run}:", file=sys.stderr)
-            results.append(evaluate(run, load(run, args.device), args))
+            model = load(run, args.device)
+            with lock(run / ".lock"):
+                remove_leftovers(run)
+                results.append(evaluate(run, model, args))
         except Exception as error:
             if not isinstance(error, (DataError, ModelError, OSError)):
                 traceback.print_exc()
@@ -313,13 +346,23 @@ def main(argv: list[str] | None = None) -> None:
     runs = [] if (run / "model.pt").exists() else sorted(path.parent for path in run.glob("*/model.pt"))
     if runs:
         evaluate_runs(run, runs, args)
-    elif args.images:
-        score_folder(run, load(run, args.device), args.images)
-    else:
-        evaluate(run, load(run, args.device), args)
+        return
+    model = load(run, args.device)
+    if args.export:
+        from export import export  # imported here: it takes a second
+
+        export(model, Path(args.export))
+        return
+    with lock(run / ".lock"):
+        remove_leftovers(run)
+        if args.images is not None:
+            score_folder(run, model, args.images, args.skip_bad_images)
+        else:
+            evaluate(run, model, args)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
         main()
     except (DataError, ModelError, OSError) as error:

@@ -168,18 +168,30 @@ def collection_rows(*summaries: dict) -> list[list[str]]:
 
 def ablation_rows(results: list[dict]) -> dict[str, list[dict]]:
     """Contents of results.json of an ablation's runs -> the tables' rows, {table: [{"row", "paper", "ours": `spread` over the
-    seeds, or None without such a run}]}."""
+    seeds, or None without such a run}]}. Where the paper has a column of differences, "paper_diff" and "diff" too (None without
+    both runs): table 4's are from the row above, table 5's from the first."""
     scores = {}
     for entry in (entry for r in results for entry in r["ablation"]):
         key = (entry["p_hard"], entry["penalty"], tuple(entry["quantiles"]) if entry["quantiles"] else GAUSSIAN)
         scores.setdefault(key, []).append(entry["image_auroc"])
-    return {
+    tables = {
         table: [
             {"row": row, "paper": paper, "ours": spread(scores[key]) if (key := (p_hard, penalty, norm)) in scores else None}
             for row, paper, p_hard, penalty, norm in rows
         ]
         for table, rows in ABLATION.items()
     }
+    for table, rows in tables.items():
+        for i, row in enumerate(rows if table.startswith(("Table 4", "Table 5")) else []):
+            other = rows[0 if "isolated" in table else max(0, i - 1)]
+            both = row["ours"] and other["ours"] and row is not other
+            row["paper_diff"] = row["paper"] - other["paper"] if row is not other else None
+            row["diff"] = row["ours"]["mean"] - other["ours"]["mean"] if both else None
+    return tables
+
+
+def signed(difference: float | None) -> str:
+    return "" if difference is None else f"{difference:+.1f}"
 
 
 def simplenet_ablation_rows(results: list[dict]) -> dict[str, list[dict]]:
@@ -220,8 +232,13 @@ def summarize_runs(results: list[dict]) -> tuple[dict, dict[str, list[list[str]]
         header = [f"{category}, percent", *(COLUMNS[m] for m in metrics)]
         rows = {title: [[r["row"], *(cell(r.get(m)) for m in metrics)] for r in rows] for title, rows in tables.items()}
     else:
-        tables, header = ablation_rows(ablation), ["image AU-ROC, percent", "paper", f"{category}, {size[0].upper()}"]
-        rows = {title: [[r["row"], f"{r['paper']:.1f}", cell(r["ours"])] for r in rows] for title, rows in tables.items()}
+        tables = ablation_rows(ablation)
+        header = ["image AU-ROC, percent", "paper", "diff.", f"{category}, {size[0].upper()}", "diff."]
+
+        def cells(r: dict) -> list[str]:
+            return [r["row"], f"{r['paper']:.1f}", signed(r.get("paper_diff")), cell(r["ours"]), signed(r.get("diff"))]
+
+        rows = {title: [cells(r) for r in rows] for title, rows in tables.items()}
     content = {"category": category, "size": size, "steps": results[0]["training"]["steps"], "tables": tables}
     return content, {f"{title}; ours: {steps}": [header, *body] for title, body in rows.items()}
 
@@ -256,7 +273,7 @@ def overlay(
     """One row: input, mask (if given), and the input under each map's heat colours, on one `heat_scale` for every picture of a
     run. Above the first map stands the image's verdict."""
     side, threshold = 256, scale[1]
-    size = (side, max(1, round(side * image.height / image.width)))
+    size = (side, min(4 * side, max(1, round(side * image.height / image.width))))  # a thin strip would be a mile high
     image = image.resize(size, Image.Resampling.BILINEAR)
     panels = [("input", image)]
     if mask is not None:
@@ -285,7 +302,7 @@ def data_uri(image: Image.Image, kind: str) -> str:
 def report_entry(image: Image.Image, mask: np.ndarray, maps: dict[str, np.ndarray], scale: tuple[float, float]) -> dict:
     """A test image in the report: its input as JPEG, its maps as translucent 64-pixel PNGs (the browser enlarges them), on the
     scale of `overlay`, and the outline of its mask. About 25 KB."""
-    size = (240, max(1, round(240 * image.height / image.width)))
+    size = (240, min(960, max(1, round(240 * image.height / image.width))))
     entry = {"input": data_uri(image.resize(size), "jpeg")}
     for key, values in maps.items():
         small = Image.fromarray(values.astype(np.float32)).resize((64, max(1, 64 * size[1] // size[0])), Image.Resampling.BOX)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone import PatchFeatures, ResNet, WeightsError, fold_batch_norms, load_weights
-from efficientad import IMAGENET_MEAN, IMAGENET_STD, ModelError, read_checkpoint, write_checkpoint
+from efficientad import IMAGENET_MEAN, IMAGENET_STD, ModelError, all_finite, cpu_has_bf16, read_checkpoint, write_checkpoint
 
 CHANNELS, HIDDEN = 1536, 1024  # of a feature, of the discriminator's hidden layer
 
@@ -122,13 +122,14 @@ class SimpleNet(nn.Module):
         m = self.raw_map(images)
         return self.resize(m), m.amax((1, 2, 3))
 
-    def optimize(self, precision: str = "auto") -> "SimpleNet":
+    def optimize(self, precision: str = "auto", batch_sizes: tuple[int, ...] = (1,)) -> "SimpleNet":
         """A copy for inference with the same interface: batch norms and the adaptor multiplied into the layers beside them, and
         weights in `precision` "fp16", "bf16" or "fp32", channels last; "auto" is fp16 on a GPU, and on a CPU bf16 if it has
-        instructions for that, else fp32. Call it on the device that it shall run on; it cannot be trained."""
+        instructions for that, else fp32. On a GPU a batch of one of `batch_sizes` is one CUDA graph launch (fast.py, which must
+        lie beside this file). Call it on the device that it shall run on; it cannot be trained."""
+        device = self.threshold.device
         if precision == "auto":
-            bf16 = torch.cpu._is_avx512_bf16_supported()
-            precision = "fp16" if self.threshold.is_cuda else "bf16" if bf16 else "fp32"
+            precision = "fp16" if device.type == "cuda" else "bf16" if cpu_has_bf16(device) else "fp32"
         dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
         if precision not in dtypes:
             raise ValueError(f"precision must be one of auto, {', '.join(dtypes)}, got {precision!r}")
@@ -142,6 +143,10 @@ class SimpleNet(nn.Module):
         model.adaptor, model.discriminator[1] = None, nn.Identity()
         for part in (model.patch_features, model.discriminator):
             part.to(dtypes[precision], memory_format=torch.channels_last)
+        if device.type == "cuda":
+            from fast import BatchGraphs  # here: CPUs can do without
+
+            model.forward = BatchGraphs(model.forward, model.image_size, device, batch_sizes)
         return model
 
     # ---- training
@@ -216,7 +221,7 @@ class SimpleNet(nn.Module):
     @classmethod
     def load(cls, path: str) -> "SimpleNet":
         """Read a model that `save` wrote, on the CPU, in eval mode. Executes no code from the file. Raises ModelError if it
-        is missing, damaged or of another program."""
+        is missing, damaged, not finite or of another program."""
         checkpoint = read_checkpoint(path)
         if checkpoint.get("format") != "simplenet":
             raise ModelError(f"{path}: not a SimpleNet of this program; pass a model.pt that train.py --model simplenet wrote")
@@ -226,6 +231,8 @@ class SimpleNet(nn.Module):
             model.training_info = dict(checkpoint["training"])
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
             raise ModelError(f"{path}: damaged model file; train again or restore it from a copy") from None
+        if not all_finite(tensor for name, tensor in model.state_dict().items() if name != "threshold"):
+            raise ModelError(f"{path}: holds a weight or statistic that is not a number; train again")
         return model.eval()
 
 

@@ -13,7 +13,7 @@ Every random choice of a step is a function of the seed and the step's number, s
 """
 
 import argparse
-import json
+import contextlib
 import math
 import os
 import signal
@@ -31,40 +31,37 @@ from torch import Tensor
 from tqdm import tqdm
 
 from backbone import ARCHITECTURES
-from data import DataError, Images, PhotographCrops, list_categories, list_images, open_category
+from data import DataError, Images, PhotographCrops, list_images, open_category, range_of
 from efficientad import (
     CHANNELS,
     EfficientAD,
-    Graphed,
     ModelError,
+    all_finite,
     check_image_size,
     cpu_has_bf16,
+    false_alarms,
     pick_device,
     read_checkpoint,
     write_checkpoint,
+)
+from fast import Graphed
+from runs import (
+    check_losses,
+    holds_results,
+    list_jobs,
+    lock,
+    log_entry,
+    new_run_folder,
+    open_log,
+    remove_leftovers,
+    write,
 )
 from simplenet import CachedFeatures, SimpleNet, crop_size
 
 PAPER_STEPS, CPU_STEPS = 70000, 1500
 PAPER_LR, SHORT_LR = 1e-4, 3e-4  # for runs below 10,000 steps: learned faster on bottle
 KEPT_BYTES = 2 * 2**30  # on the device, each: decoded training images, and the teacher's outputs for them
-ABLATION = {  # the distinct trainings behind tables 3 to 5; rows about map normalization only calibrate one of them anew
-    "default": {},
-    "p_hard-0": {"p_hard": 0.0},
-    "p_hard-0.9": {"p_hard": 0.9},
-    "p_hard-0.99": {"p_hard": 0.99},
-    "p_hard-0.9999": {"p_hard": 0.9999},
-    "p_hard-0.99999": {"p_hard": 0.99999},
-    "no-penalty": {"pretraining_images": "none"},
-    "p_hard-0-no-penalty": {"p_hard": 0.0, "pretraining_images": "none"},
-}
 SIMPLENET_EPOCHS, SIMPLENET_CPU_EPOCHS = 160, 40
-SIMPLENET_ABLATION = {
-    "default": {},
-    **{f"noise-{noise}": {"noise": noise} for noise in (0.0015, 0.005, 0.05, 0.15)},
-    "no-adaptor": {"no_adaptor": True},
-    **{f"layers-{'-'.join(map(str, layers))}": {"layers": layers} for layers in ([2], [3], [1, 2, 3])},
-}
 OWN_OPTIONS = {  # of one model alone
     "efficientad": ("size", "teacher", "pretraining_images", "padding", "p_hard", "a", "b", "map_normalization"),
     "simplenet": ("backbone", "backbone_weights", "epochs", "noise", "no_adaptor", "layers"),
@@ -112,14 +109,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--precision", choices=["auto", "fp32", "bf16"], help="of the training step; auto: bf16 where the hardware"
                    " has it. Losses, optimizer, calibration and evaluation are always fp32")
     p.add_argument("--out", help="run folder; default runs/DATA-SIZE, or …-2, …-3 if that exists")
+    p.add_argument("--skip-bad-images", action="store_true", help="leave out images that cannot be read, and list them, instead of"
+                   " stopping")
     p.add_argument("--checkpoint-every", type=float, metavar="SECONDS", help="default 60")
     p.add_argument("--resume", metavar="DIR", help="go on with the interrupted run in this folder; takes no other option")
     given = vars(p.parse_args(argv))
     defaults = dict(data="demo", categories=None, seeds=None, ablation=False, model="efficientad", size="small", steps=None,
                     teacher=None, pretraining_images=None, image_size=None, padding=False, batch_size=None, lr=None, p_hard=0.999,
                     a=0.9, b=0.995, map_normalization="quantile", seed=0, device=None, precision="auto", out=None,
-                    checkpoint_every=60.0, resume=None, epochs=None, backbone="wide_resnet50_2", backbone_weights=None,
-                    noise=0.015, no_adaptor=False, layers=[2, 3])  # fmt: skip
+                    skip_bad_images=False, checkpoint_every=60.0, resume=None, epochs=None, backbone="wide_resnet50_2",
+                    backbone_weights=None, noise=0.015, no_adaptor=False, layers=[2, 3])  # fmt: skip
 
     if "resume" in given:
         if len(given) > 1:
@@ -127,6 +126,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         folder = Path(given["resume"])
         if not (folder / "resume.pt").exists() and (folder / "model.pt").exists():
             raise ModelError(f"{folder}: this run is complete; evaluate it with: python evaluate.py --run {folder}")
+        if folder.is_dir() and not (folder / "resume.pt").exists() and not holds_results(folder) and any(folder.iterdir()):
+            raise ModelError(f"{folder}: interrupted before anything was saved; start it again, with --out {folder}")
         state = read_checkpoint(str(folder / "resume.pt"))
         if state.get("format") != "efficientad-resume":
             raise ModelError(f"{folder / 'resume.pt'}: not a training state of this program")
@@ -161,10 +162,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     except ValueError as error:
         p.error(f"--image-size: {error}")
     steps = 1 if args.steps is None else args.steps  # SimpleNet: from --epochs, when the number of images is known
-    if steps < 1 or args.batch_size < 1 or not args.lr > 0 or min([args.seed, *(args.seeds or [])]) < 0:
+    if steps < 1 or args.batch_size < 1 or not 0 < args.lr < math.inf or min([args.seed, *(args.seeds or [])]) < 0:
         p.error("need --steps >= 1, --batch-size >= 1, --lr > 0 and --seed >= 0")
     if not 0 <= args.p_hard <= 1 or not 0 <= args.a < args.b <= 1:
         p.error("need 0 <= --p-hard <= 1 and 0 <= --a < --b <= 1")
+    if not args.checkpoint_every >= 0:
+        p.error("need --checkpoint-every >= 0")
+    if args.map_normalization == "gaussian" and given.keys() & {"a", "b"}:
+        p.error("--a and --b belong to --map-normalization quantile")
     if args.seeds and "seed" in given:
         p.error("give --seed or --seeds")
     if args.ablation and (given.keys() & {"p_hard", "a", "b", "map_normalization"} or args.pretraining_images == "none"):
@@ -188,29 +193,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         raise ModelError(f"{args.teacher}: no such teacher; make one with: python distill.py --size {args.size} --images PHOTOS"
                          " --backbone-weights FILE (see weights/README.md), and name it with --teacher")  # fmt: skip
     return args
-
-
-def variant(args: argparse.Namespace) -> str:
-    """What is trained, in folder names."""
-    return "simplenet" if args.model == "simplenet" else args.size
-
-
-def new_run_folder(args: argparse.Namespace, name: str) -> Path:
-    """Create the folder of a new run; never one that exists, unless --out names an empty one."""
-    if args.out:
-        folder = Path(args.out)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise DataError(f"{folder}: exists; choose another --out, or go on with --resume {folder}")
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    for i in range(1, 10000):
-        folder = Path("runs") / (f"{name}-{variant(args)}" + (f"-{i}" if i > 1 else ""))
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            continue
-    raise DataError(f"{folder}: too many runs; name one with --out")
 
 
 @lru_cache(maxsize=4)
@@ -269,8 +251,9 @@ def turn_gray(images: Tensor, gray: Tensor) -> Tensor:
     return torch.where(gray != 0, luma(images), images)
 
 
-def make_optimizer(groups: list[dict], device: torch.device) -> torch.optim.Adam:
-    """Adam over groups {"params", "lr"}. On a GPU the learning rate is a tensor there: a CUDA graph reads it anew every step."""
+def make_optimizer(model: EfficientAD | SimpleNet, lr: float) -> torch.optim.Adam:
+    """On a GPU the learning rate is a tensor there: a CUDA graph reads it anew every step."""
+    groups, device = model.parameter_groups(lr), model.threshold.device
     cuda = device.type == "cuda"
     groups = [{**g, "lr": torch.tensor(g["lr"], device=device) if cuda else g["lr"], "full_lr": g["lr"]} for g in groups]
     return torch.optim.Adam(groups, weight_decay=1e-5, fused=True, capturable=cuda)
@@ -332,47 +315,70 @@ class Step:
         return {name: loss.detach() for name, loss in losses.items()}
 
 
+def new_model(args: argparse.Namespace) -> EfficientAD | SimpleNet:
+    """The model of a run, with its teacher or backbone unless an interrupted run has all weights."""
+    torch.manual_seed(args.seed)
+    if args.model == "simplenet":
+        options = dict(backbone=args.backbone, layers=args.layers, adaptor=not args.no_adaptor, noise=args.noise)
+        model = SimpleNet(image_size=tuple(args.image_size), **options)
+    else:
+        model = EfficientAD(size=args.size, image_size=tuple(args.image_size), padding=args.padding)
+    if not args.resume and args.model == "simplenet":
+        model.load_backbone(args.backbone_weights)
+    elif not args.resume:
+        model.load_teacher(args.teacher)
+    return model
+
+
+def pretraining_images(args: argparse.Namespace) -> tuple[Images | PhotographCrops | None, str]:
+    """The images of the pretraining penalty (None: no penalty), and what they are, in words."""
+    size = tuple(args.image_size)
+    if args.pretraining_images == "none":
+        return None, "no pretraining penalty"
+    if not args.pretraining_images:
+        return PhotographCrops(size), "pretraining images: random crops of scikit-learn's two photographs"
+    paths = list_images(args.pretraining_images, recursive=True)
+    seen_again = len(paths) < args.steps * args.batch_size  # else keeping decoded photos would gain nothing
+    images = Images(paths, size, zoom=2, cache_bytes=4 * 2**30 if seen_again else 0)
+    images.skip_bad = args.skip_bad_images
+    return images, f"{len(images)} pretraining images from {args.pretraining_images}"
+
+
 def train(args: argparse.Namespace) -> Path:
     """One run: the model of a category, in its run folder, which is returned. With args.resume the rest of a run."""
     device, size = torch.device(args.device), tuple(args.image_size)
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     torch.backends.cudnn.benchmark = True  # of one shape, many steps
 
-    # Data: normal images only, a tenth of them (or the set's own validation images) held out for calibration.
-    category = open_category(args.data)
+    # Model and data: normal images only, a tenth of them (or the set's own validation images) held out for calibration. All are
+    # decoded now, so that a damaged one is not found an hour later.
+    category, simplenet = open_category(args.data), args.model == "simplenet"
+    model = new_model(args)
     training, validation = (Images(paths, size) for paths in category.split(args.seed))
-    simplenet = args.model == "simplenet"
-    if simplenet:
-        pretraining, penalty = None, f"SimpleNet on {args.backbone}"
-        args.steps = args.steps or math.ceil(args.epochs * len(training) / args.batch_size)
-    elif args.pretraining_images == "none":
-        pretraining, penalty = None, "no pretraining penalty"
-    elif args.pretraining_images:
-        paths = list_images(args.pretraining_images, recursive=True)
-        seen_again = len(paths) < args.steps * args.batch_size  # else keeping decoded photos would gain nothing
-        pretraining = Images(paths, size, zoom=2, cache_bytes=4 * 2**30 if seen_again else 0)
-        penalty = f"{len(pretraining)} pretraining images from {args.pretraining_images}"
-    else:
-        pretraining, penalty = PhotographCrops(size), "pretraining images: random crops of scikit-learn's two photographs"
+    for images in (training, validation):
+        images.skip_bad = args.skip_bad_images
+        images.check(tqdm(range(len(images)), "decoding", unit="image"))
+    skipped, counts = [*training.errors.values(), *validation.errors.values()], [len(training), len(validation)]
+    usual = range_of([*training.looks.values(), *validation.looks.values()])
+    print("".join(f"skipped: {error}\n" for error in skipped), end="", file=sys.stderr)
+    args.steps = args.steps or math.ceil(args.epochs * counts[0] / args.batch_size)
+    pretraining, penalty = (None, f"SimpleNet on {args.backbone}") if simplenet else pretraining_images(args)
 
-    # Model: new, or as an interrupted run left it.
-    torch.manual_seed(args.seed)
-    if simplenet:
-        options = dict(backbone=args.backbone, layers=args.layers, adaptor=not args.no_adaptor, noise=args.noise)
-        model = SimpleNet(image_size=size, **options)
-    else:
-        model = EfficientAD(size=args.size, image_size=size, padding=args.padding)
-    folder, start, seconds = Path(args.resume or "."), 0, 0.0
+    # Run folder: new, or as an interrupted run left it.
+    folder, start, seconds = Path(args.resume) if args.resume else new_run_folder(args, category.name), 0, 0.0
+    held = lock(folder / ".lock")
     if args.resume:
         state = read_checkpoint(str(folder / "resume.pt"))
-        model.load_state_dict(state["model"])
-        start, seconds = state["step"], state["seconds"]
-    else:
-        if simplenet:
-            model.load_backbone(args.backbone_weights)
-        else:
-            model.load_teacher(args.teacher)
-        folder = new_run_folder(args, category.name)
+        try:
+            model.load_state_dict(state["model"])
+            start, seconds = state["step"], state["seconds"]
+        except (RuntimeError, KeyError, TypeError, AttributeError):
+            raise ModelError(f"{folder / 'resume.pt'}: damaged, or of another model; start the run again") from None
+        if state.get("images", counts) != counts:
+            raise DataError(f"{category.root}: has other images than when the run began; put them back, or start a new run")
+    elif holds_results(folder):  # another process was faster
+        raise DataError(f"{folder}: exists; choose another --out")
+    remove_leftovers(folder)
     model = model.to(device, memory_format=torch.channels_last)
 
     def batches(images, purpose):
@@ -385,33 +391,44 @@ def train(args: argparse.Namespace) -> Path:
         print(f"note: a short run; the paper's has {PAPER_STEPS} steps and lr {PAPER_LR}, this one lr {args.lr}", file=sys.stderr)
     # Kept on the device, if there is room: SimpleNet's features; else the images, and the teacher's outputs for them (in a run that
     # sees them again).
-    count, n, teacher = len(training), args.batch_size, None
+    n, teacher = args.batch_size, None
     if simplenet:
-        training, groups = CachedFeatures(model, training), model.parameter_groups(args.lr)
-    else:
-        if count * 3 * math.prod(size) <= KEPT_BYTES:
-            training = torch.stack(list(ahead(lambda i, images=training: torch.as_tensor(images[i]), range(count)))).to(device)
-        if not args.resume:
-            model.fit_teacher_statistics(batches(training, "teacher statistics"))
-        outputs = count * CHANNELS * math.prod(model.map_size) * (4 if args.precision == "fp32" else 2)  # bytes
-        if outputs <= KEPT_BYTES and count <= args.steps * n:
-            teacher = teacher_outputs(model, batches(training, "teacher outputs"), args.precision)
-        groups = [{"params": [*model.student.parameters(), *model.autoencoder.parameters()], "lr": args.lr}]
-    optimizer = make_optimizer(groups, device)
+        training = CachedFeatures(model, training)
+    elif counts[0] * 3 * math.prod(size) <= KEPT_BYTES:
+        training = torch.stack(list(ahead(lambda i, images=training: torch.as_tensor(images[i]), range(counts[0])))).to(device)
+    optimizer = make_optimizer(model, args.lr)
     if args.resume:
-        state["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]  # a rate on the GPU stays there
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            state["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]  # a rate on the GPU stays there
+            optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ModelError(f"{folder / 'resume.pt'}: damaged, or of another model; start the run again") from None
+    recent, started = [], time.time()  # total losses since they were looked at
 
     def save_state(step: int) -> None:
+        if recent:
+            check_losses(recent, step - 1, folder)
+        if not all_finite(model.parameters()):
+            raise ModelError(f"{folder}: step {step - 1}: it left weights that are not finite; lower --lr or use --precision fp32")
         options = {k: v for k, v in vars(args).items() if k != "resume"}
-        state = {"format": "efficientad-resume", "options": options, "step": step, "seconds": seconds + time.time() - started}
+        state = {"format": "efficientad-resume", "options": options, "step": step, "seconds": seconds + time.time() - started,
+                 "images": counts}  # fmt: skip
         write_checkpoint(state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, str(folder / "resume.pt"))
+
+    if start == 0:  # saved first: from its first second on a run can be resumed
+        save_state(0)
+    if not simplenet:
+        if start == 0:
+            model.fit_teacher_statistics(batches(training, "teacher statistics"))
+        outputs = counts[0] * CHANNELS * math.prod(model.map_size) * (4 if args.precision == "fp32" else 2)  # bytes
+        if outputs <= KEPT_BYTES and counts[0] <= args.steps * n:
+            teacher = teacher_outputs(model, batches(training, "teacher outputs"), args.precision)
 
     # Training.
     stop = []  # Ctrl-C ends the run after the step at hand; a second one at once
     previous = signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)))
     started = saved = time.time()
-    log = open(folder / "log.jsonl", "a", encoding="utf-8")
+    log = open_log(folder / "log.jsonl", start)
     bar = tqdm(range(start, args.steps), "training", initial=start, total=args.steps, unit="step", mininterval=0.5)
     model.train()
     take_step = Step(model, optimizer, args.precision, args.p_hard)
@@ -429,12 +446,12 @@ def train(args: argparse.Namespace) -> Path:
         if pretraining is not None:
             batch["photos"] = next(photos)
         losses = take_step(batch)
+        recent.append(sum(losses.values()))
         if step % 10 == 0 or step == args.steps - 1:
+            check_losses(recent, step, folder)
             values = {name: loss.item() for name, loss in losses.items()}
-            if not all(math.isfinite(v) for v in values.values()):
-                raise ModelError(f"{folder}: step {step}: loss is not finite ({values}); lower --lr or use --precision fp32")
             bar.set_postfix({name: f"{v:.3f}" for name, v in values.items()})
-            print(json.dumps({"step": step, "lr": args.lr * factor, **values}), file=log, flush=True)
+            log_entry(log, {"step": step, "lr": args.lr * factor, **values})
         if stop or time.time() - saved >= args.checkpoint_every:
             save_state(step + 1)
             saved = time.time()
@@ -448,41 +465,23 @@ def train(args: argparse.Namespace) -> Path:
     # Map normalization and threshold, from validation images; then the model as one file.
     normalization = () if simplenet else (args.a, args.b, args.map_normalization == "gaussian")
     model.calibrate(batches(validation, "calibration"), *normalization)
+    skipped += getattr(pretraining, "errors", {}).values()
     foreign = [k for name, own in OWN_OPTIONS.items() if name != args.model for k in own]
     foreign += ["resume", "out", "checkpoint_every", "categories", "seeds"]
     options = {k: v for k, v in vars(args).items() if k not in foreign}
     model.training_info = {**options, "category": category.name, "data": str(category.root.resolve()),
-                           "training_images": count, "validation_images": len(validation)}  # fmt: skip
+                           "training_images": counts[0], "validation_images": counts[1], "skipped_images": skipped,
+                           "usual": usual}  # fmt: skip
+    if skipped:
+        write(folder / "skipped.txt", "\n".join(skipped) + "\n")
     model.cpu().save(str(folder / "model.pt"))
     (folder / "resume.pt").unlink(missing_ok=True)
+    held.close()
+    expected, bound = (100 * share for share in false_alarms(len(validation)))
+    print(f"threshold {model.threshold:.4f}: the highest score of {len(validation)} validation images; expect {expected:.2g} %"
+          f" false alarms on normal images, with 95 % confidence less than {bound:.2g} %")
     print(f"trained in {seconds / 60:.1f} minutes, wrote {folder / 'model.pt'}; now: python evaluate.py --run {folder}")
     return folder
-
-
-def list_jobs(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """The options of each run of a collection, of several seeds or of an ablation, with its folder; empty for a single run."""
-    categories = list_categories(args.data)
-    if not (categories or args.categories or args.seeds or args.ablation):
-        return []
-    if args.ablation and categories:
-        raise DataError(f"{args.data}: --ablation takes one category: {', '.join(map(str, categories))}")
-    if args.categories:
-        known, chosen = {c.name: c for c in categories}, dict.fromkeys(args.categories.split(","))
-        if not known.keys() >= chosen.keys():
-            raise DataError(f"{args.data}: has no category {', '.join(chosen.keys() - known.keys())}; it has: {', '.join(known)}")
-        categories = [known[c] for c in chosen]
-    name = Path(args.data).resolve().name if categories else open_category(args.data).name
-    folder = Path(args.out or f"runs/{name}" + (f"-{variant(args)}-ablation" if args.ablation else ""))
-    if (folder / "log.jsonl").exists():
-        raise DataError(f"{folder}: is a single run, not a folder of runs; choose another --out")
-    jobs = []
-    for data in categories or [Path(args.data)]:
-        ablation = SIMPLENET_ABLATION if args.model == "simplenet" else ABLATION
-        for run, options in (ablation if args.ablation else {f"{data.resolve().name}-{variant(args)}": {}}).items():
-            for seed in args.seeds or [args.seed]:
-                out = folder / (f"{run}-seed{seed}" if args.seeds else run)
-                jobs.append(argparse.Namespace(**{**vars(args), **options, "data": str(data), "seed": seed, "out": str(out)}))
-    return jobs
 
 
 def train_all(jobs: list[argparse.Namespace]) -> Path:
@@ -502,14 +501,14 @@ def train_all(jobs: list[argparse.Namespace]) -> Path:
                 print(f"{folder}: interrupted, goes on with the options that it began with", file=sys.stderr)
                 device, job = job.device, parse_arguments(["--resume", job.out])
                 job.device = device
-            else:
-                (folder / "log.jsonl").unlink(missing_ok=True)  # stopped before it had saved anything: it starts again
             train(job)
         except Exception as error:
             if not isinstance(error, (DataError, ModelError, OSError)):
                 traceback.print_exc()
             print(f"train.py: {folder}: failed: {error}", file=sys.stderr)
             failed.append(f"{folder}: {error}")
+            with contextlib.suppress(OSError):  # evaluate.py names what it finds without a model
+                folder.mkdir(parents=True, exist_ok=True)
         finally:
             signal.signal(signal.SIGINT, interrupt)
     folder = Path(jobs[0].out).parent
@@ -534,6 +533,7 @@ def main(argv: list[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
         main()
     except (DataError, ModelError, OSError) as error:

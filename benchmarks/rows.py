@@ -67,7 +67,7 @@ def openvino(model: nn.Module, images: Tensor) -> Callable:
 
 
 def ours(model: nn.Module, images: Tensor) -> Callable:
-    fast = model.optimize(batch_sizes=(len(images),)) if hasattr(model, "optimize") else model
+    fast = model.optimize(batch_sizes=(len(images),))
     return lambda x: fast(x)[0].cpu()
 
 

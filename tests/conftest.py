@@ -9,7 +9,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import data  # noqa: E402
+import demo  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -32,8 +32,8 @@ def tiny_demo(tmp_path_factory) -> Path:
     counts = {"train/good": 5, "validation/good": 2, "test/good": 3, "test/logical_anomalies": 3, "test/structural_anomalies": 3}
     root = tmp_path_factory.mktemp("sets") / "tiny"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "DEMO_SPLITS", counts)
-        data.make_demo(root)
+        patch.setattr(demo, "DEMO_SPLITS", counts)
+        demo.make_demo(root)
     return root
 
 

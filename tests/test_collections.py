@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-import data
+import demo
+import runs
 import train
-from data import DataError, draw_demo_image, list_categories
+from data import DataError, list_categories, open_category
+from demo import draw_demo_image
 from report import ABLATION, collection_rows, normalizations, spread, summarize_collection, summarize_runs
 
 LOCO = {"train/good": 3, "validation/good": 1, "test/good": 2, "test/logical_anomalies": 2, "test/structural_anomalies": 2}
@@ -22,10 +24,10 @@ def loco(tmp_path_factory):
     """A collection of two categories."""
     root = tmp_path_factory.mktemp("sets") / "loco"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "DEMO_SPLITS", LOCO)
+        patch.setattr(demo, "DEMO_SPLITS", LOCO)
         for seed, name in enumerate(("pushpins", "screw_bag")):
             root.mkdir(exist_ok=True)
-            data.make_demo(root / name, seed)
+            demo.make_demo(root / name, seed)
     (root / "readme.txt").write_text("not a category")
     return root
 
@@ -69,7 +71,7 @@ def test_list_categories(loco, visa, tmp_path, monkeypatch):
     for single in (loco / "pushpins", visa / "candle", tmp_path, "nowhere", "demo"):
         assert list_categories(single) == []
     with pytest.raises(DataError, match="several categories; choose one: .*candle.*pcb1"):
-        data.open_category(visa)
+        open_category(visa)
 
 
 # ------------------------------------------------------------------------------------------------------------ collections
@@ -92,7 +94,6 @@ def test_collection_from_training_to_summary(loco, options, run_script, tmp_path
 
     shutil.rmtree(config)
     (tmp_path / "hidden").rename(config)
-    (runs / "screw_bag-small-seed0").mkdir()
     (runs / "screw_bag-small-seed0/log.jsonl").write_text("stopped before anything was saved\n")
     status, out, err = run_script("evaluate.py", "--run", "runs/loco", "--device", "cpu")
     assert status == 1 and "failed: screw_bag-small-seed0: not trained to the end" in out
@@ -196,16 +197,21 @@ def test_bad_options_get_one_line(visa, loco, options, run_script, tmp_path):
 
 def test_ablation(loco, teacher, run_script, tmp_path, monkeypatch):
     options = ("--data", loco / "pushpins", "--steps", 1, "--image-size", 128, "--device", "cpu", "--teacher", teacher)
-    monkeypatch.delitem(train.ABLATION, "p_hard-0.9")  # the test is long enough without them
-    monkeypatch.delitem(train.ABLATION, "p_hard-0")
-    monkeypatch.delitem(train.ABLATION, "p_hard-0.9999")
-    monkeypatch.delitem(train.ABLATION, "p_hard-0.99999")
+    monkeypatch.delitem(runs.ABLATION, "p_hard-0.9")  # the test is long enough without them
+    monkeypatch.delitem(runs.ABLATION, "p_hard-0")
+    monkeypatch.delitem(runs.ABLATION, "p_hard-0.9999")
+    monkeypatch.delitem(runs.ABLATION, "p_hard-0.99999")
     folder = tmp_path / train.main(["--ablation", *map(str, options)])
-    assert folder == tmp_path / "runs/pushpins-small-ablation" and set(models(folder)) == set(train.ABLATION)
+    assert folder == tmp_path / "runs/pushpins-small-ablation" and set(models(folder)) == set(runs.ABLATION)
     status, out, err = run_script("evaluate.py", "--run", folder, "--device", "cpu")
     assert status == 0, err
     tables = json.loads((folder / "summary.json").read_text())["tables"]
     assert [len(rows) for rows in tables.values()] == [6, 6, 6, 4, 4]
+    differences = [[round(row["paper_diff"], 1) if row["paper_diff"] is not None else None for row in rows]
+                   for rows in list(tables.values())[3:]]  # fmt: skip
+    assert differences == [[None, 0.8, 1.0, 0.4], [None, -0.7, -0.7, -0.4]]  # as printed in the paper
+    cumulative = list(tables.values())[3]
+    assert cumulative[1]["diff"] == pytest.approx(cumulative[1]["ours"]["mean"] - cumulative[0]["ours"]["mean"])
     ours = {title[:7] + row["row"]: row["ours"] for title, rows in tables.items() for row in rows}
     missing = [f"Table 3p_hard = {p}" for p in ("0", "0.9", "0.9999", "0.99999")] + ["Table 5without hard feature loss"]
     assert [name for name, entry in ours.items() if entry is None] == missing
@@ -224,7 +230,7 @@ def test_ablation(loco, teacher, run_script, tmp_path, monkeypatch):
 
 def test_every_ablation_row_has_its_training():
     wanted = {(p_hard, penalty) for rows in ABLATION.values() for _, _, p_hard, penalty, _ in rows}
-    trained = {(o.get("p_hard", 0.999), o.get("pretraining_images") != "none") for o in train.ABLATION.values()}
+    trained = {(o.get("p_hard", 0.999), o.get("pretraining_images") != "none") for o in runs.ABLATION.values()}
     assert trained == wanted
     assert len(normalizations(0.999, True)) == 12  # 6 + 6 quantiles, one in common, and the baseline
     assert normalizations(0.5, True) == []

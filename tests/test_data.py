@@ -7,20 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import (
-    DEMO_LOGICAL,
-    DEMO_STRUCTURAL,
-    DataError,
-    Images,
-    PhotographCrops,
-    Sample,
-    draw_demo_image,
-    list_images,
-    make_demo,
-    open_category,
-    read_image,
-    to_array,
-)
+from data import DataError, Images, PhotographCrops, Sample, list_images, open_category, read_image, to_array
+from demo import DEMO_LOGICAL, DEMO_STRUCTURAL, draw_demo_image, make_demo
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 

@@ -39,7 +39,7 @@ def states_equal(a, b) -> bool:
 
 
 def test_run_folder(run):
-    assert sorted(p.name for p in run.iterdir()) == ["log.jsonl", "model.pt"]
+    assert sorted(p.name for p in run.iterdir()) == [".lock", "log.jsonl", "model.pt"]
     model = EfficientAD.load(str(run / "model.pt"))
     assert model.threshold.isfinite() and (model.quantiles[:, 1] > model.quantiles[:, 0]).all()
     assert model.training_info["steps"] == 3 and model.training_info["validation_images"] == 2

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import runs
 import train
 from backbone import ARCHITECTURES, PatchFeatures, ResNet, fold_batch_norms
 from efficientad import ModelError
@@ -284,6 +285,14 @@ def options(weights, tiny_demo):
             "--image-size", 64, "--batch-size", 2, "--device", "cpu")  # fmt: skip
 
 
+def test_a_model_that_is_not_finite_is_not_loaded(tmp_path):
+    model = SimpleNet(backbone="resnet18", image_size=(64, 64))
+    model.discriminator[0].bias.data[3] = torch.nan
+    model.save(str(tmp_path / "model.pt"))
+    with pytest.raises(ModelError, match="not a number"):
+        SimpleNet.load(str(tmp_path / "model.pt"))
+
+
 def test_train_evaluate_score(options, run_script, tmp_path):
     status, out, err = run_script("train.py", *options, "--epochs", 2)
     assert status == 0 and "wrote runs/tiny-simplenet/model.pt" in out, err
@@ -312,7 +321,7 @@ def test_train_evaluate_score(options, run_script, tmp_path):
 
     status, out, err = run_script("evaluate.py", "--run", run, "--images", options[7] / "test/good", "--device", "cpu")
     assert status == 0, err
-    assert list(csv.DictReader((run / "images/scores.csv").open()))[0].keys() == {"image", "score", "anomalous"}
+    assert list(csv.DictReader((run / "images/scores.csv").open()))[0].keys() == {"image", "score", "anomalous", "unlike_training"}
 
 
 def test_resumed_equals_uninterrupted(options, run_script, tmp_path, monkeypatch):
@@ -364,7 +373,7 @@ def test_ablation(options, run_script, tmp_path, monkeypatch):
     """Trainings reach their rows."""
     names = ("default", "no-adaptor", "layers-3")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "SIMPLENET_ABLATION", {name: train.SIMPLENET_ABLATION[name] for name in names})
+    monkeypatch.setattr(runs, "SIMPLENET_ABLATION", {name: runs.SIMPLENET_ABLATION[name] for name in names})
     folder = train.main([*map(str, options), "--steps", "1", "--ablation"])
     assert str(folder) == "runs/tiny-simplenet-ablation"
     status, out, err = run_script("evaluate.py", "--run", folder, "--device", "cpu")
@@ -384,8 +393,8 @@ def test_ablation(options, run_script, tmp_path, monkeypatch):
 
 def test_ablation_varies_one_option_at_a_time():
     model = {"noise": 0.015, "no_adaptor": False, "layers": [2, 3]}
-    assert train.SIMPLENET_ABLATION["default"] == {}
-    for changed in list(train.SIMPLENET_ABLATION.values())[1:]:
+    assert runs.SIMPLENET_ABLATION["default"] == {}
+    for changed in list(runs.SIMPLENET_ABLATION.values())[1:]:
         ((option, value),) = changed.items()
         assert value != model[option]
 
