@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data import Category, DataError, Sample, list_images, look_of, open_category, read_image, to_array, unlike
+from data import Category, DataError, Images, Sample, list_images, look_of, open_category, read_image, to_array, unlike
 from efficientad import EfficientAD, ModelError, false_alarms, pick_device, read_checkpoint
 from metrics import (
     area_under_curve,
@@ -171,13 +171,16 @@ def ablation_scores(model: EfficientAD, category: Category) -> list[dict]:
     """Image AU-ROC under each map normalization that the paper's tables 3 to 5 want of this training: the same weights, calibrated
     anew on the validation images of the run."""
     info, device, model = model.training_info, model.threshold.device, copy.deepcopy(model)
-    validation, entries, raw = open_category(info["data"]).split(info["seed"])[1], [], {}
-    for path in tqdm([*validation, *(s.path for s in category.test)], "ablation", unit="image"):
+    images, entries, raw = Images(open_category(info["data"]).split(info["seed"])[1], model.image_size, cache_bytes=0), [], {}
+    images.skip_bad = info.get("skip_bad_images", False)
+    if images.skip_bad:
+        images.check(range(len(images)))  # leaves out what training left out
+    for path in tqdm([*images.paths, *(s.path for s in category.test)], "ablation", unit="image"):
         raw[path] = model.raw_maps(to_tensor(read_image(path), model.image_size, device))
     model.raw_maps = raw.__getitem__  # calibration takes file names now: no network runs a second time
     penalty = info["pretraining_images"] != "none"
     for quantiles in normalizations(info["p_hard"], penalty):
-        model.calibrate(validation, *(quantiles or QUANTILES), gaussian=quantiles is None)
+        model.calibrate(images.paths, *(quantiles or QUANTILES), gaussian=quantiles is None)
         maps = [model.normalize_maps(*raw[s.path]) for s in category.test]
         maps = [(model.combine(*m)[0], *m) for m in maps]
         scores = {name: np.array([m[i].max().item() for m in maps]) for i, name in enumerate(MAPS)}
@@ -317,7 +320,7 @@ def evaluate_runs(folder: Path, runs: list[Path], args: argparse.Namespace) -> N
     failed |= dict.fromkeys(unfinished, "not trained to the end")
 
     try:
-        content, sections = summarize_runs(results)
+        content, sections = summarize_runs(results) if results else ({"collections": []}, {})
     except ValueError as error:
         raise DataError(f"{folder}: {error}") from None
     text = "\n\n".join(f"### {title}\n\n{table(rows)}" for title, rows in sections.items()) + "\n"

@@ -131,7 +131,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         state = read_checkpoint(str(folder / "resume.pt"))
         if state.get("format") != "efficientad-resume":
             raise ModelError(f"{folder / 'resume.pt'}: not a training state of this program")
-        pick_device(state["options"]["device"])
         return argparse.Namespace(**{**defaults, **state["options"], "resume": str(folder)})
 
     args = argparse.Namespace(**{**defaults, **given})
@@ -524,6 +523,8 @@ def main(argv: list[str] | None = None) -> Path:
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available():  # torchrun: from here "cuda" is this process's own GPU
         torch.cuda.set_device(pick_device(f"cuda:{os.environ['LOCAL_RANK']}"))
     args = parse_arguments(argv)
+    if args.resume:
+        pick_device(args.device)
     jobs = [] if args.resume else list_jobs(args)
     if jobs:
         return train_all(jobs)

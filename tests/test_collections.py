@@ -1,5 +1,6 @@
 """Collections, seeds and ablations: the real scripts on tiny trees in MVTec LOCO's and VisA's layout."""
 
+import argparse
 import csv
 import json
 import os
@@ -10,10 +11,12 @@ import pytest
 import torch
 
 import demo
+import evaluate
 import runs
 import train
 from data import DataError, list_categories, open_category
 from demo import draw_demo_image
+from efficientad import EfficientAD
 from report import ABLATION, collection_rows, normalizations, spread, summarize_collection, summarize_runs
 
 LOCO = {"train/good": 3, "validation/good": 1, "test/good": 2, "test/logical_anomalies": 2, "test/structural_anomalies": 2}
@@ -153,6 +156,25 @@ def test_interrupted_run_is_resumed(visa, options, run_script, tmp_path, monkeyp
     assert steps == [0, 2]
 
 
+def test_no_run_of_a_collection_can_be_evaluated(run_script, tmp_path):
+    for name in ("a-small", "b-small"):
+        (tmp_path / "all" / name).mkdir(parents=True)
+        (tmp_path / "all" / name / "model.pt").write_text("damaged")
+    status, out, err = run_script("evaluate.py", "--run", "all", "--device", "cpu")
+    assert status == 1 and "Traceback" not in err and "|" not in out
+    assert out.count("failed: ") == 2 and json.loads((tmp_path / "all/summary.json").read_text())["collections"] == []
+
+
+def test_interrupted_run_goes_on_on_another_device(tmp_path, monkeypatch):
+    """One that began on a GPU, on a machine without: the command's device counts, not the one that it began with."""
+    state, made = {"format": "efficientad-resume", "options": {"device": "abacus"}}, []
+    (tmp_path / "bottle-small").mkdir()
+    torch.save(state, tmp_path / "bottle-small/resume.pt")
+    monkeypatch.setattr(train, "train", made.append)
+    train.train_all([argparse.Namespace(out=str(tmp_path / "bottle-small"), device="cpu")])
+    assert [(job.device, job.resume) for job in made] == [("cpu", str(tmp_path / "bottle-small"))]
+
+
 def test_processes_share_the_runs(visa, options, run_script, tmp_path, monkeypatch):
     """As torchrun starts them. A failure must not end the others: torchrun would stop them all."""
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -226,6 +248,19 @@ def test_ablation(loco, teacher, run_script, tmp_path, monkeypatch):
     assert run_script("evaluate.py", "--run", "gaussian", "--device", "cpu")[0] == 0
     auroc = json.loads((tmp_path / "gaussian/results.json").read_text())["image_auroc"]
     assert ours["Table 5without map normalization"]["mean"] == pytest.approx(100 * auroc)
+
+
+def test_ablation_without_images_that_cannot_be_read(loco, tmp_path):
+    """What --skip-bad-images left out of training is left out when maps are normalized anew."""
+    shutil.copytree(loco / "pushpins", tmp_path / "pushpins")
+    (tmp_path / "pushpins/validation/good/bad.png").write_text("not an image")
+    category, model = open_category(tmp_path / "pushpins"), EfficientAD(image_size=(128, 128)).eval()
+    info = {"data": str(category.root), "seed": 0, "p_hard": 0.0, "pretraining_images": "none"}
+    model.training_info = info | {"skip_bad_images": True}
+    assert [entry["quantiles"] for entry in evaluate.ablation_scores(model, category)] == [None, (0.9, 0.995)]
+    model.training_info = info
+    with pytest.raises(DataError, match="bad.png: not an image"):
+        evaluate.ablation_scores(model, category)
 
 
 def test_every_ablation_row_has_its_training():
