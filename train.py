@@ -74,7 +74,7 @@ def integers(text: str) -> list[int]:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The options of a run; with --resume those of the interrupted run. Exits with status 2 on an impossible option."""
-    p = argparse.ArgumentParser(description="Train EfficientAD on normal images.", argument_default=argparse.SUPPRESS)
+    p = argparse.ArgumentParser(description="Train EfficientAD or SimpleNet on normal images.", argument_default=argparse.SUPPRESS)
     p.add_argument("--data", help="a category (MVTec AD, MVTec LOCO, VisA), a folder of normal images, 'demo' (default), or a"
                    " folder of categories: then one run each in runs/DATA/, finished ones skipped, interrupted ones resumed")
     p.add_argument("--categories", metavar="A,B", help="of a folder of categories only these")
@@ -464,7 +464,7 @@ def train(args: argparse.Namespace) -> Path:
     # Map normalization and threshold, from validation images; then the model as one file.
     normalization = () if simplenet else (args.a, args.b, args.map_normalization == "gaussian")
     model.calibrate(batches(validation, "calibration"), *normalization)
-    skipped += getattr(pretraining, "errors", {}).values()
+    skipped += [error for _, error in sorted(getattr(pretraining, "errors", {}).items())]  # threads found them in any order
     foreign = [k for name, own in OWN_OPTIONS.items() if name != args.model for k in own]
     foreign += ["resume", "out", "checkpoint_every", "categories", "seeds"]
     options = {k: v for k, v in vars(args).items() if k not in foreign}
