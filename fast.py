@@ -1,4 +1,4 @@
-"""The fast form of a trained model (`EfficientAD.optimize`), and CUDA graphs, for it and for the training step."""
+"""The fast form of a trained model (`EfficientAD.optimize`), and CUDA graphs: for it, for SimpleNet's and for the training step."""
 
 from collections.abc import Callable
 from functools import partial
@@ -119,7 +119,7 @@ class BatchGraphs:
         buffer, graph = self.graphs.get(len(images), (None, None))
         if graph is None or images.dtype != buffer.dtype or images.shape != buffer.shape:
             return self.forward(images)
-        buffer.copy_(images if images.is_cuda else images.pin_memory(), non_blocking=True)
+        buffer.copy_(images if images.is_cuda else images.contiguous().pin_memory(), non_blocking=True)
         m, score = graph()
         return m.clone(), score.clone()  # the next call overwrites the graph's own
 
