@@ -1,7 +1,7 @@
 """Measure this implementation, each figure against a baseline in the same run.
 
-    python benchmark.py                                 # inference and training: EfficientAD-S and -M at 256², batch 1 and 16
-    python benchmark.py --quick --json quick.json       # in two minutes: S, batch 1; the figures also as a file
+    python benchmark.py                                 # inference: EfficientAD-S, -M, SimpleNet, batch 1 and 16; training: S and M
+    python benchmark.py --quick --json quick.json       # S and SimpleNet at batch 1; the figures also as a file
     python benchmark.py --json benchmarks/x.json --plot benchmarks/x.svg
     python benchmark.py --readme benchmarks/*.json      # the README's section on speed from these files; measures nothing
     python benchmark.py --metrics                       # AU-PRO: seconds, bytes a pixel, ratio to a plain port of the definition
@@ -448,7 +448,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--training", action="store_true", help="steps a second")
     p.add_argument("--metrics", action="store_true", help="speed and memory of AU-PRO against a plain port")
     p.add_argument("--kernels", action="store_true", help="each Triton kernel against eager and compiled torch; needs a GPU")
-    p.add_argument("--quick", action="store_true", help="inference and training of EfficientAD-S at batch 1 only")
+    p.add_argument("--quick", action="store_true", help="EfficientAD-S at batch 1 only, and SimpleNet's inference")
     p.add_argument("--budget", type=float, help="seconds for the passes of a table's rows together; default 120, with --quick 10")
     p.add_argument("--device", help="cuda or cpu; default cuda if there is one")
     p.add_argument("--json", metavar="FILE", help="write the figures to this file too")
@@ -489,4 +489,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # --json or --plot cannot be written
+        print(f"benchmark.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -99,7 +99,7 @@ def write_readme(files: list[str]) -> None:
         _, mark, after = rest.partition(END)
         if not mark:
             raise ValueError(f"README.md: the marks {BEGIN} and {END} are missing")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         print(f"benchmark.py: --readme: {error!r}; give files that benchmark.py --json wrote", file=sys.stderr)
         sys.exit(2)
     README.write_text(f"{before}{BEGIN}\n\n{section}\n\n{END}{after}", encoding="utf-8")
