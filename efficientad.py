@@ -11,7 +11,7 @@ then `EfficientAD`, which holds everything needed to score an image.
     model.calibrate(validation_batches)                          # section 3.4; normal images held out of training
     map, score = model.eval()(images)                            # N×1×256×256 and N; anomalous where score > model.threshold
     model.save("model.pt"); model = EfficientAD.load("model.pt")
-    fast = model.optimize()                                      # the same maps and scores from uint8 images, sooner
+    fast = model.optimize()                                      # the same from uint8 images, sooner; needs fast.py too
 """
 
 import io
