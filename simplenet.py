@@ -237,7 +237,7 @@ class SimpleNet(nn.Module):
 
 
 class CachedFeatures:
-    """The patch features of `images` (of data.py: uint8 arrays 3×H×W by index) by index, float16 1536×h×w on the model's device:
+    """The patch features of `images` (of data.py: uint8 arrays 3×H×W by index) by index, float16 h×w×1536 on the model's device:
     computed on first use, and kept while they fit into `cache_bytes` (a 36×36 grid takes 4 MB, so 1,000 images), else computed
     anew. Always of one image alone and in fp32, so that a feature depends neither on what is kept nor on the step's precision."""
 
@@ -251,7 +251,7 @@ class CachedFeatures:
         if index in self.kept:
             return self.kept[index]
         image = torch.as_tensor(self.images[index])[None].to(self.model.threshold.device)
-        features = self.model.features(image)[0].half()
+        features = self.model.features(image)[0].permute(1, 2, 0).half().contiguous()  # they lie channels last already
         if features.nbytes <= self.room:
             self.kept[index] = features
             self.room -= features.nbytes

@@ -282,9 +282,9 @@ class Step:
     """The training step. Called with a batch it trains on it and returns the losses by name, tensors that the next call overwrites.
     The batch, on whatever device, in the same shapes each time: images I and photos P (absent: no penalty) uint8 N×3×H×W; draws,
     see `draw`; teacher N×h×w×384, the teacher's output for I (absent: computed). It is copied to fixed buffers, so that all the
-    rest is one CUDA graph on a GPU; nothing waits for the device. SimpleNet's batch has "features", N×1536×h×w, alone."""
+    rest is one CUDA graph on a GPU; nothing waits for the device. SimpleNet's batch has "features", N×h×w×1536, alone."""
 
-    def __init__(self, model: EfficientAD, optimizer: torch.optim.Adam, precision: str, p_hard: float = 0.999):
+    def __init__(self, model: EfficientAD | SimpleNet, optimizer: torch.optim.Adam, precision: str, p_hard: float = 0.999):
         self.model, self.optimizer, self.precision, self.p_hard = model, optimizer, precision, p_hard
         self.device, self.buffers = model.threshold.device, {}
         self.graph = Graphed(self.compute, self.device)
@@ -299,7 +299,7 @@ class Step:
 
     def losses(self) -> dict[str, Tensor]:
         if "features" in self.buffers:
-            return self.model.losses(self.buffers["features"])
+            return self.model.losses(self.buffers["features"].permute(0, 3, 1, 2))
         images, (gray, factor, kind) = self.buffers["images"], self.buffers["draws"]
         photos = turn_gray(self.buffers["photos"], gray) if "photos" in self.buffers else None
         teacher = self.buffers["teacher"].permute(0, 3, 1, 2) if "teacher" in self.buffers else None

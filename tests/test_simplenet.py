@@ -264,8 +264,8 @@ def test_cache_is_bounded_and_changes_nothing():
         first, second = [cache[i] for i in range(5)], [cache[i] for i in range(5)]
         assert len(computed) == count and len(cache) == 5 and sum(f.nbytes for f in cache.kept.values()) <= room
         assert all(torch.equal(a, b) for a, b in zip(first, second)) and first[0].dtype == torch.float16
-        expected = features(torch.from_numpy(data[3])[None])[0]
-        assert first[3].shape == (1536, 8, 10) and torch.equal(first[3], expected.half())
+        expected = features(torch.from_numpy(data[3])[None])[0].permute(1, 2, 0)
+        assert first[3].shape == (8, 10, 1536) and first[3].is_contiguous() and torch.equal(first[3], expected.half())
 
 
 # ----------------------------------------------------------------------------------------------------------------- scripts
