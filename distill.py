@@ -183,8 +183,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         p.error("--image-size must be a multiple of 32")
     if min(args.steps, args.batch_size, args.statistics_images, args.checkpoint_every) < 1:
         p.error("--steps, --batch-size, --statistics-images and --checkpoint-every must be at least 1")
-    if not 0 < args.lr < math.inf or args.views < 0 or args.seed < 0:
-        p.error("need --lr > 0, --views >= 0 and --seed >= 0")
+    if not 0 < args.lr < math.inf or args.views < 0 or not 0 <= args.seed < 2**32:
+        p.error("need --lr > 0, --views >= 0 and --seed >= 0 and < 2**32")
     if args.batch_size % world or args.statistics_images < world:
         p.error(f"--batch-size must be a multiple of the {world} processes, and --statistics-images at least as many")
     args.workers = 0 if args.device.type == "cpu" else max(1, min(12, ((os.cpu_count() or 1) - 2) // local_world))

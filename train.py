@@ -161,8 +161,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     except ValueError as error:
         p.error(f"--image-size: {error}")
     steps = 1 if args.steps is None else args.steps  # SimpleNet: from --epochs, when the number of images is known
-    if steps < 1 or args.batch_size < 1 or not 0 < args.lr < math.inf or min([args.seed, *(args.seeds or [])]) < 0:
-        p.error("need --steps >= 1, --batch-size >= 1, --lr > 0 and --seed >= 0")
+    seeds = [args.seed, *(args.seeds or [])]
+    if steps < 1 or args.batch_size < 1 or not 0 < args.lr < math.inf or min(seeds) < 0 or max(seeds) >= 2**32:
+        p.error("need --steps >= 1, --batch-size >= 1, --lr > 0 and --seed >= 0 and < 2**32")
     if not 0 <= args.p_hard <= 1 or not 0 <= args.a < args.b <= 1:
         p.error("need 0 <= --p-hard <= 1 and 0 <= --a < --b <= 1")
     if not args.checkpoint_every >= 0:

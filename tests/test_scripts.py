@@ -119,6 +119,7 @@ def test_bad_options_and_files_get_one_line(tiny_demo, teacher, run_script, tmp_
         (("--data", tiny_demo, "--image-size", "100"), "multiples of 32"),
         (("--data", tiny_demo, "--steps", "0"), "--steps >= 1"),
         (("--data", tiny_demo, "--seed", "-1"), "--seed >= 0"),
+        (("--data", tiny_demo, "--seed", 2**32), "--seed >= 0 and < 2**32"),
         (("--data", tiny_demo, "--device", "abacus"), "--device abacus: torch cannot use it"),
         (("--data", tiny_demo, "--a", "0.9", "--b", "0.8"), "--a < --b"),
         (("--data", tiny_demo, "--pretraining-images", "empty"), "empty: no images"),
@@ -337,6 +338,7 @@ def test_distill_errors(photos, run_script, tmp_path):
         (("--crops", "0.5", "0.2"), "0 < MIN <= MAX <= 1"),
         (("--lr", "-1"), "--lr > 0"),
         (("--seed", "-1"), "--seed >= 0"),
+        (("--seed", 2**32), "--seed >= 0 and < 2**32"),
     ):
         status, _, err = run_script("distill.py", *photos, *options)
         assert status == 2 and message in err and "Traceback" not in err, err
