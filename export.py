@@ -1,8 +1,8 @@
 """A trained model for use without this program: ONNX (ONNX Runtime, OpenVINO, TensorRT) or torch.export's .pt2.
 
 Input "images": uint8 N×H×W×3, RGB, any N, of the model's image size; that is how Pillow and cameras give them (OpenCV: BGR).
-Outputs "map": float32 N×1×H×W, and "score": float32 N, its maximum. Metadata, as strings: threshold, height, width, and as JSON
-config and training.
+Outputs "map": float32 N×1×H×W, and "score": float32 N (EfficientAD: the map's maximum). Metadata, as strings: threshold, height,
+width, and as JSON config and training.
 """
 
 import io
