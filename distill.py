@@ -208,6 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     for path in () if rank else (args.out, resume_file, args.out.with_suffix(".jsonl")):
         remove_leftovers(args.out.parent, glob.escape(path.name))
     torch.manual_seed(args.seed)
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     torch.backends.cudnn.benchmark = True  # of one shape, many steps
 
     # Photos: every 40th is held out, at most 64, to measure the loss on photos that the teacher has not seen.

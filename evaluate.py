@@ -316,7 +316,8 @@ def evaluate_runs(folder: Path, runs: list[Path], args: argparse.Namespace) -> N
             if not isinstance(error, (DataError, ModelError, OSError)):
                 traceback.print_exc()
             failed[run.name] = str(error)
-    unfinished = sorted(d.name for d in folder.iterdir() if d.is_dir() and not (d / "model.pt").exists())
+    begun = [d for d in folder.iterdir() if d.is_dir() and (holds_run(d) or not any(d.iterdir()))]
+    unfinished = sorted(d.name for d in begun if not (d / "model.pt").exists())
     failed |= dict.fromkeys(unfinished, "not trained to the end")
 
     try:
@@ -330,6 +331,10 @@ def evaluate_runs(folder: Path, runs: list[Path], args: argparse.Namespace) -> N
     print(f"\n{text}\nwrote {folder / 'summary.json'} and summary.md")
     if failed:
         raise SystemExit(1)
+
+
+def holds_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("log.jsonl", "resume.pt", "model.pt"))
 
 
 def load(run: Path, device: torch.device) -> EfficientAD | SimpleNet:

@@ -95,7 +95,7 @@ class Graphed:
                 return result
             if self.graph is None:
                 self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):  # records, computes nothing
+                with torch.cuda.graph(self.graph, stream=self.stream):  # records, computes nothing
                     self.result = self.function()
             self.graph.replay()
             return self.result

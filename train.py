@@ -112,7 +112,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--skip-bad-images", action="store_true", help="leave out images that cannot be read, and list them, instead of"
                    " stopping")
     p.add_argument("--checkpoint-every", type=float, metavar="SECONDS", help="default 60")
-    p.add_argument("--resume", metavar="DIR", help="go on with the interrupted run in this folder; takes no other option")
+    p.add_argument("--resume", metavar="DIR", help="go on with the interrupted run in this folder; takes no other option but"
+                   " --device")
     given = vars(p.parse_args(argv))
     defaults = dict(data="demo", categories=None, seeds=None, ablation=False, model="efficientad", size="small", steps=None,
                     teacher=None, pretraining_images=None, image_size=None, padding=False, batch_size=None, lr=None, p_hard=0.999,
@@ -121,8 +122,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                     backbone_weights=None, noise=0.015, no_adaptor=False, layers=[2, 3])  # fmt: skip
 
     if "resume" in given:
-        if len(given) > 1:
-            p.error("--resume takes its options from the run; give no other option with it")
+        if given.keys() - {"resume", "device"}:
+            p.error("--resume takes its options from the run; give no other option but --device with it")
         folder = Path(given["resume"])
         if not (folder / "resume.pt").exists() and (folder / "model.pt").exists():
             raise ModelError(f"{folder}: this run is complete; evaluate it with: python evaluate.py --run {folder}")
@@ -131,7 +132,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         state = read_checkpoint(str(folder / "resume.pt"))
         if state.get("format") != "efficientad-resume":
             raise ModelError(f"{folder / 'resume.pt'}: not a training state of this program")
-        return argparse.Namespace(**{**defaults, **state["options"], "resume": str(folder)})
+        return argparse.Namespace(**{**defaults, **state["options"], **given, "resume": str(folder)})
 
     args = argparse.Namespace(**{**defaults, **given})
     args.device = str(pick_device(args.device))
@@ -459,6 +460,7 @@ def train(args: argparse.Namespace) -> Path:
             print(f"\ninterrupted after {step + 1} steps; go on with: python train.py --resume {folder}", file=sys.stderr)
             raise SystemExit(130)
     save_state(args.steps)
+    take_step.graph = None  # the memory of a GPU's graph is free for the next run of a collection
     seconds += time.time() - started
     signal.signal(signal.SIGINT, previous)
 
@@ -521,9 +523,12 @@ def train_all(jobs: list[argparse.Namespace]) -> Path:
 
 
 def main(argv: list[str] | None = None) -> Path:
-    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():  # torchrun: from here "cuda" is this process's own GPU
-        torch.cuda.set_device(pick_device(f"cuda:{os.environ['LOCAL_RANK']}"))
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    if rank < torch.cuda.device_count():  # torchrun: from here "cuda" is this process's own GPU
+        torch.cuda.set_device(rank)
     args = parse_arguments(argv)
+    if args.device.startswith("cuda") and rank >= torch.cuda.device_count():
+        raise ModelError(f"torchrun: process {rank} has no GPU of its own; start as many as there are, or use --device cpu")
     if args.resume:
         pick_device(args.device)
     jobs = [] if args.resume else list_jobs(args)
