@@ -456,18 +456,23 @@ class EfficientAD(nn.Module):
     def load(cls, path: str) -> "EfficientAD":
         """Read a model that `save` wrote, on the CPU, in eval mode. Executes no code from the file. Raises ModelError if it
         is missing, damaged, not finite or of another program."""
-        checkpoint = read_checkpoint(path)
-        if checkpoint.get("format") != "efficientad":
-            raise ModelError(f"{path}: not a model of this program; pass a model.pt that train.py wrote")
-        try:
-            model = cls(**checkpoint["config"])
-            model.load_state_dict(checkpoint["state"])
-            model.training_info = dict(checkpoint["training"])
-        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
-            raise ModelError(f"{path}: damaged model file; train again or restore it from a copy") from None
-        if not all_finite(tensor for name, tensor in model.state_dict().items() if name != "threshold"):
-            raise ModelError(f"{path}: holds a weight or statistic that is not a number; train again")
-        return model.eval()
+        return read_model(cls, "efficientad", path)
+
+
+def read_model(cls: type[nn.Module], form: str, path: str) -> nn.Module:
+    """`load` of a model class, here and in simplenet.py; `form` is what its `save` writes as "format"."""
+    checkpoint = read_checkpoint(path)
+    if checkpoint.get("format") != form:
+        raise ModelError(f"{path}: not a model of this program, or not a {cls.__name__}; pass a model.pt that train.py wrote")
+    try:
+        model = cls(**checkpoint["config"])
+        model.load_state_dict(checkpoint["state"])
+        model.training_info = dict(checkpoint["training"])
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
+        raise ModelError(f"{path}: damaged model file; train again or restore it from a copy") from None
+    if not all_finite(tensor for name, tensor in model.state_dict().items() if name != "threshold"):
+        raise ModelError(f"{path}: holds a weight or statistic that is not a number; train again")
+    return model.eval()
 
 
 def write_checkpoint(checkpoint: dict, path: str) -> None:

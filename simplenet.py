@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone import PatchFeatures, ResNet, WeightsError, fold_batch_norms, load_weights
-from efficientad import IMAGENET_MEAN, IMAGENET_STD, ModelError, all_finite, cpu_has_bf16, read_checkpoint, write_checkpoint
+from efficientad import IMAGENET_MEAN, IMAGENET_STD, ModelError, cpu_has_bf16, read_model, write_checkpoint
 
 CHANNELS, HIDDEN = 1536, 1024  # of a feature, of the discriminator's hidden layer
 
@@ -222,18 +222,7 @@ class SimpleNet(nn.Module):
     def load(cls, path: str) -> "SimpleNet":
         """Read a model that `save` wrote, on the CPU, in eval mode. Executes no code from the file. Raises ModelError if it
         is missing, damaged, not finite or of another program."""
-        checkpoint = read_checkpoint(path)
-        if checkpoint.get("format") != "simplenet":
-            raise ModelError(f"{path}: not a SimpleNet of this program; pass a model.pt that train.py --model simplenet wrote")
-        try:
-            model = cls(**checkpoint["config"])
-            model.load_state_dict(checkpoint["state"])
-            model.training_info = dict(checkpoint["training"])
-        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
-            raise ModelError(f"{path}: damaged model file; train again or restore it from a copy") from None
-        if not all_finite(tensor for name, tensor in model.state_dict().items() if name != "threshold"):
-            raise ModelError(f"{path}: holds a weight or statistic that is not a number; train again")
-        return model.eval()
+        return read_model(cls, "simplenet", path)
 
 
 class CachedFeatures:
