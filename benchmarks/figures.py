@@ -54,8 +54,9 @@ def headline(results: dict) -> str:
     if "matmul_tflop_s" in results:
         fp32, half = (number(results["matmul_tflop_s"][k]) for k in ("fp32", "half"))
         text += f"; matrix products in the same run: {fp32} TFLOP/s in fp32, {half} in half precision"
-    if results.get("load_average", 0) > 0.7:
-        text += f"; other programs were running (load average {results['load_average']:.1f} before): compare the rows alone"
+    if "load_average" in results:
+        text += f"; load average {results['load_average']:.1f} before"
+        text += ", other programs were running: compare the rows alone" if results["load_average"] > 1 else ""
     return text
 
 
