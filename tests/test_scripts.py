@@ -56,11 +56,10 @@ def test_same_seed_same_model_and_other_seed_another(run, tiny_demo, teacher, ru
     assert not states_equal(run / "model.pt", tmp_path / "s6/model.pt")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_interrupted_and_resumed_equals_uninterrupted(precision, tiny_demo, teacher, tmp_path):
+def test_interrupted_and_resumed_equals_uninterrupted(tiny_demo, teacher, tmp_path):
     """Ctrl-C at an arbitrary moment, in a process of its own; with photos, so that every random choice is covered."""
     program = [sys.executable, str(ROOT / "train.py")]
-    options = ["--data", tiny_demo, "--steps", 12, "--image-size", 128, "--device", "cpu", "--precision", precision]
+    options = ["--data", tiny_demo, "--steps", 12, "--image-size", 128, "--device", "cpu"]
     options = [*map(str, options), "--teacher", teacher]
     subprocess.run([*program, *options, "--out", "whole"], cwd=tmp_path, check=True, capture_output=True)
 
@@ -90,7 +89,7 @@ def test_second_run_gets_its_own_folder(tiny_demo, teacher, run_script, tmp_path
 def test_medium_padded_gaussian_any_shape(tiny_demo, run_script, tmp_path):
     torch.save({k: v.half() for k, v in PDN("medium").state_dict().items()}, tmp_path / "teacher.pt")
     options = ("--size", "medium", "--padding", "--map-normalization", "gaussian", "--p-hard", 0, "--batch-size", 2)
-    shape = ("--image-size", 128, 160, "--steps", 2, "--device", "cpu", "--teacher", "teacher.pt")
+    shape = ("--image-size", 128, 160, "--steps", 1, "--device", "cpu", "--teacher", "teacher.pt")
     assert run_script("train.py", "--data", tiny_demo, *options, *shape)[0] == 0
     status, out, err = run_script("evaluate.py")
     assert status == 0 and "structural" in out, err
