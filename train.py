@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -345,6 +346,12 @@ def pretraining_images(args: argparse.Namespace) -> tuple[Images | PhotographCro
     return images, f"{len(images)} pretraining images from {args.pretraining_images}"
 
 
+def fingerprint(*collections: Images | PhotographCrops | None) -> int:
+    """Of the images' names: tells whether files came or went while a run was interrupted."""
+    names = "\n".join(str(path) for images in collections for path in getattr(images, "paths", ()))
+    return zlib.crc32(names.encode(errors="surrogateescape"))
+
+
 def train(args: argparse.Namespace) -> Path:
     """One run: the model of a category, in its run folder, which is returned. With args.resume the rest of a run."""
     device, size = torch.device(args.device), tuple(args.image_size)
@@ -364,6 +371,8 @@ def train(args: argparse.Namespace) -> Path:
     print("".join(f"skipped: {error}\n" for error in skipped), end="", file=sys.stderr)
     args.steps = args.steps or math.ceil(args.epochs * counts[0] / args.batch_size)
     pretraining, penalty = (None, f"SimpleNet on {args.backbone}") if simplenet else pretraining_images(args)
+    bad_photos = getattr(pretraining, "errors", {})  # by index, grows during training
+    files = {"data": fingerprint(training, validation), "pretraining_images": fingerprint(pretraining)}
 
     # Run folder: new, or as an interrupted run left it.
     folder, start, seconds = Path(args.resume) if args.resume else new_run_folder(args, category.name), 0, 0.0
@@ -373,10 +382,13 @@ def train(args: argparse.Namespace) -> Path:
         try:
             model.load_state_dict(state["model"])
             start, seconds = state["step"], state["seconds"]
-        except (RuntimeError, KeyError, TypeError, AttributeError):
+            bad_photos |= state["bad_photos"]
+            changed = [name for name in files if files[name] != state["files"][name]]
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
             raise ModelError(f"{folder / 'resume.pt'}: damaged, or of another model; start the run again") from None
-        if state.get("images", counts) != counts:
-            raise DataError(f"{category.root}: has other images than when the run began; put them back, or start a new run")
+        if changed:
+            where = getattr(args, changed[0])
+            raise DataError(f"{where}: has other images than when the run began; put them back, or start a new run")
     elif holds_results(folder):  # another process was faster
         raise DataError(f"{folder}: exists; choose another --out")
     remove_leftovers(folder)
@@ -413,7 +425,7 @@ def train(args: argparse.Namespace) -> Path:
             raise ModelError(f"{folder}: step {step - 1}: it left weights that are not finite; lower --lr or use --precision fp32")
         options = {k: v for k, v in vars(args).items() if k != "resume"}
         state = {"format": "efficientad-resume", "options": options, "step": step, "seconds": seconds + time.time() - started,
-                 "images": counts}  # fmt: skip
+                 "files": files, "bad_photos": dict(bad_photos)}  # fmt: skip
         write_checkpoint(state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, str(folder / "resume.pt"))
 
     if start == 0:  # saved first: from its first second on a run can be resumed
@@ -433,19 +445,24 @@ def train(args: argparse.Namespace) -> Path:
     bar = tqdm(range(start, args.steps), "training", initial=start, total=args.steps, unit="step", mininterval=0.5)
     model.train()
     take_step = Step(model, optimizer, args.precision, args.p_hard)
-    photos = ahead(lambda step: shuffled(pretraining, step, n, args.seed, 1), range(start, args.steps))
+
+    def stream(images, order: int) -> Iterator[Tensor]:
+        """The batch of each step; files are decoded by threads."""
+        in_turn = ahead if isinstance(images, (Images, PhotographCrops)) else map
+        return in_turn(lambda step: shuffled(images, step, n, args.seed, order), range(start, args.steps))
+
+    streams = {"features" if simplenet else "images": stream(training, 0)}
+    if teacher is not None:
+        streams["teacher"] = stream(teacher, 0)
+    if pretraining is not None:
+        streams["photos"] = stream(pretraining, 1)
     for step in bar:
         torch.manual_seed(args.seed * 1_000_003 + step)
         factor = 0.1 if step >= int(0.95 * args.steps) and not simplenet else 1
         set_rate(optimizer, factor)
-        if simplenet:
-            batch = {"features": shuffled(training, step, n, args.seed, 0)}
-        else:
-            batch = {"images": shuffled(training, step, n, args.seed, 0), "draws": draw(n)}
-        if teacher is not None:
-            batch["teacher"] = shuffled(teacher, step, n, args.seed, 0)
-        if pretraining is not None:
-            batch["photos"] = next(photos)
+        batch = {name: next(batches_of) for name, batches_of in streams.items()}
+        if not simplenet:
+            batch["draws"] = draw(n)
         losses = take_step(batch)
         recent.append(sum(losses.values()))
         if step % 10 == 0 or step == args.steps - 1:
@@ -467,7 +484,7 @@ def train(args: argparse.Namespace) -> Path:
     # Map normalization and threshold, from validation images; then the model as one file.
     normalization = () if simplenet else (args.a, args.b, args.map_normalization == "gaussian")
     model.calibrate(batches(validation, "calibration"), *normalization)
-    skipped += [error for _, error in sorted(getattr(pretraining, "errors", {}).items())]  # threads found them in any order
+    skipped += [error for _, error in sorted(bad_photos.items())]  # threads found them in any order
     foreign = [k for name, own in OWN_OPTIONS.items() if name != args.model for k in own]
     foreign += ["resume", "out", "checkpoint_every", "categories", "seeds"]
     options = {k: v for k, v in vars(args).items() if k not in foreign}

@@ -24,6 +24,7 @@ from backbone import ResNet
 from data import DataError, Images, list_images, look_of, open_category, range_of, read_image, unlike
 from efficientad import CHANNELS, PDN, EfficientAD, ModelError, false_alarms, read_checkpoint, write_checkpoint
 from runs import last_line, write
+from train import fingerprint, permutation
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
 TINY = ("--image-size", 128, "--pretraining-images", "none", "--device", "cpu")
@@ -358,15 +359,18 @@ def test_training_states_that_cannot_be_resumed(model, run_script, tmp_path):
     (tmp_path / "cut").mkdir()
     put(tmp_path / "part/train/good/0.png"), put(tmp_path / "part/train/good/1.png")
     options = {"device": "cpu", "data": "part", "image_size": [128, 128], "pretraining_images": "none", "steps": 2, "lr": 1e-4}
+    images = (Images(paths, (128, 128)) for paths in open_category("part").split(0))
+    names = {"data": fingerprint(*images), "pretraining_images": fingerprint(None)}
     good = {"format": "efficientad-resume", "options": options, "step": 1, "seconds": 0.0, "model": model.state_dict(),
-            "images": [1, 1], "optimizer": {}}  # fmt: skip
+            "files": names, "bad_photos": {}, "optimizer": {}}  # fmt: skip
     for content, words in (
         (b"half", ("not a readable checkpoint",)),
         ({"format": "other"}, ("not a training state of this program",)),
         (good | {"model": PDN().state_dict()}, ("damaged, or of another model",)),
         ({k: v for k, v in good.items() if k != "step"}, ("damaged, or of another model",)),
         (good, ("damaged, or of another model",)),  # its optimizer
-        (good | {"images": [7, 1]}, ("part", "has other images than when the run began")),
+        (good | {"bad_photos": ["x"]}, ("damaged, or of another model",)),
+        (good | {"files": names | {"data": 1}}, ("part: has other images than when the run began",)),
     ):
         path = tmp_path / "cut/resume.pt"
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
@@ -398,6 +402,27 @@ def test_a_loss_that_is_not_finite_stops_training(command, run_script, tmp_path,
     assert state["step"] == 0 and all(v.isfinite().all() for k, v in state["model"].items() if k != "threshold")
     assert not (tmp_path / "o/model.pt").exists()
     assert_refused(run_script(*command[:-1], "p", "--steps", 9, "--lr", 1e30), "the loss is not finite")  # the real thing
+
+
+def test_photos_left_out_and_photos_changed_while_a_run_was_interrupted(command, run_script, tmp_path, monkeypatch):
+    """The junk is the first photo seen, and is seen no more after the interruption before step 3."""
+    order = permutation(4, 0, 1, 0).tolist()  # of epoch 0
+    for i in range(4):
+        put(tmp_path / f"photos/{i}.png", b"junk" if i == order[0] else PHOTO)
+    losses, calls = EfficientAD.losses, []
+
+    def spoiled(*args):
+        calls.append(1)
+        return losses(*args) | ({"penalty": torch.tensor(torch.nan, requires_grad=True)} if len(calls) == 4 else {})
+
+    monkeypatch.setattr(EfficientAD, "losses", spoiled)
+    options = ("--steps", 4, "--pretraining-images", "photos", "--skip-bad-images", "--checkpoint-every", 0)
+    assert_refused(run_script(*command, *options), "o: step 3: the loss is not finite")
+    (tmp_path / "photos/0.png").rename(tmp_path / "photos/9.png")
+    assert_refused(run_script("train.py", "--resume", "o"), "photos: has other images than when the run began; put them back")
+    (tmp_path / "photos/9.png").rename(tmp_path / "photos/0.png")
+    assert run_script("train.py", "--resume", "o")[0] == 0
+    assert f"photos/{order[0]}.png" in (tmp_path / "o/skipped.txt").read_text()
 
 
 def test_weights_that_are_not_finite_are_never_saved(command, run_script, tmp_path, monkeypatch):
