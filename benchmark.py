@@ -4,6 +4,7 @@
     python benchmark.py --quick --json quick.json       # S and SimpleNet at batch 1; the figures also as a file
     python benchmark.py --json benchmarks/x.json --plot benchmarks/x.svg
     python benchmark.py --readme benchmarks/*.json      # the README's section on speed from these files; measures nothing
+    python benchmark.py --accuracy runs/bottle-small    # what the fast form changes of a trained run's maps and scores
     python benchmark.py --metrics                       # AU-PRO: seconds, bytes a pixel, ratio to a plain port of the definition
     python benchmark.py --kernels                       # the Triton kernels: EfficientAD-S and -M at 256², batch 1 and 16
 
@@ -39,150 +40,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor, nn
+from tqdm import tqdm
 
-import efficientad
-import kernels
 import train
 from benchmarks.figures import plot, print_tables, write_readme
+from benchmarks.kernel_section import kernel_section
 from benchmarks.rows import ROWS, half_type, ours, plain_step, with_kernels
-from efficientad import EfficientAD, cpu_has_bf16, pick_device
-from metrics import area_under_curve, au_pro
+from data import DataError, Images, open_category
+from efficientad import EfficientAD, ModelError, cpu_has_bf16, pick_device
+from evaluate import load
+from metrics import area_under_curve, au_pro, image_auroc
 from simplenet import SimpleNet
-
-LAST = torch.channels_last
-
-
-def milliseconds(function: Callable, calls: int = 50) -> float:
-    """Median time of a call on the GPU."""
-    for _ in range(5):
-        function()
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")  # larger than any L2 cache
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
-    for start, end in events:
-        flush.zero_()
-        start.record()
-        function()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events)
-
-
-def ceilings() -> dict[str, float]:
-    """Copy bandwidth in GB/s (read + written) and half-precision matrix products in TFLOP/s, as this GPU does them now."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    a = torch.randn(8192, 8192, dtype=torch.float16, device="cuda")
-    return {
-        "copy_gb_s": 2 * (1 << 30) / milliseconds(lambda: target.copy_(source)) / 1e6,
-        "matmul_tflop_s": 2 * 8192**3 / milliseconds(lambda: a @ a) / 1e9,
-    }
-
-
-# Each case: name, kernel, the same in plain torch, the operations and bytes that it cannot do without. No arguments are left
-# to the functions, so that all are called alike.
-
-
-def convolution_cases(batch: int):
-    for size, stages in (("S", ((3, 256, 128), (128, 126, 256))), ("M", ((3, 256, 256), (256, 126, 512)))):
-        for i, (c, side, o) in enumerate(stages):
-            x = torch.randn(batch, c, side, side, dtype=torch.float16, device="cuda").to(memory_format=LAST)
-            weight = (torch.randn(o, c, 4, 4, dtype=torch.float16, device="cuda") / (4 * c**0.5)).to(memory_format=LAST)
-            bias = torch.randn(o, dtype=torch.float16, device="cuda")
-            pooled = (side - 3) // 2
-
-            def plain(x, weight, bias):
-                return F.avg_pool2d(F.conv2d(x, weight, bias).relu(), 2, 2)
-
-            operations = 2 * batch * (2 * pooled) ** 2 * 16 * c * o
-            moved = 2 * (x.numel() + weight.numel() + o + batch * o * pooled**2)
-            yield f"conv_relu_pool {size} stage {i + 1}", kernels.conv_relu_pool, plain, (x, weight, bias), operations, moved
-
-
-def map_cases(batch: int):
-    """The same shapes for S and M."""
-    teacher, student, autoencoder = (
-        torch.randn(batch, c, 56, 56, dtype=torch.float16, device="cuda").to(memory_format=LAST) for c in (384, 768, 384)
-    )
-    quantiles = torch.tensor([[1.0, 2.0], [1.0, 2.0]], device="cuda")
-
-    def distance(a, b):
-        return (a.float() - b.float()).square().mean(1, keepdim=True)
-
-    def combined(teacher, student, autoencoder, quantiles):
-        maps = distance(teacher, student[:, :384]), distance(autoencoder, student[:, 384:])
-        local_map, global_map = (0.1 * (m - q[0]) / (q[1] - q[0]) for m, q in zip(maps, quantiles))
-        return 0.5 * (local_map + global_map)
-
-    positions = batch * 56 * 56
-    bytes_of_one = 2 * 384 * positions
-    yield "distance_map S, M", kernels.distance_map, distance, (teacher, student[:, :384]), 0, 2 * bytes_of_one + 4 * positions
-    arguments = (teacher, student, autoencoder, quantiles)
-    yield "combined_map S, M", kernels.combined_map, combined, arguments, 0, 4 * bytes_of_one + 4 * positions
-
-
-def quantile_of(x, q):
-    """By sorting: torch.quantile ends at 2²⁴ elements."""
-    x, position = x.flatten().sort().values, q * (x.numel() - 1)
-    low = int(position)
-    return torch.lerp(x[low], x[min(low + 1, len(x) - 1)], position - low)
-
-
-def selection_cases(batch: int):
-    """The same shapes for S and M. Bytes: six reads of fp32 for the quantile, as kernels/quantile.py says."""
-    teacher, student = (torch.randn(batch, 384, 56, 56, device="cuda").to(memory_format=LAST) for _ in "TS")
-    student.requires_grad_()
-    n = teacher.numel()
-    d = (teacher - student.detach()).square()
-
-    def loss(teacher, student, p_hard):
-        d = (teacher - student).square()
-        hard = d >= quantile_of(d.detach(), p_hard)
-        return (d * hard).sum() / hard.sum()
-
-    yield "quantile S, M", kernels.quantile, quantile_of, (d, 0.999), 0, 24 * n
-    if batch == 16:
-        yield "quantile 20 M", kernels.quantile, quantile_of, (torch.randn(20_000_000, device="cuda"), 0.999), 0, 24 * 20_000_000
-    arguments = (teacher, student, 0.999)
-    yield "hard loss + gradient S, M", kernels.hard_feature_loss, loss, arguments, 0, 52 * n
-
-
-@torch.no_grad()
-def forward(function: Callable, arguments: tuple) -> None:
-    function(*arguments)
-
-
-def forward_and_gradient(function: Callable, arguments: tuple) -> None:
-    torch.autograd.grad(function(*arguments), arguments[1])
-
-
-def kernel_section() -> dict:
-    """Time every kernel, print the table, return all figures."""
-    torch.backends.cudnn.benchmark = True  # eager convolutions choose their best algorithm
-    limits, rows = ceilings(), []
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    print(f"{torch.cuda.get_device_name()}, {versions}; copy {limits['copy_gb_s']:.0f} GB/s, fp16 matmul"
-          f" {limits['matmul_tflop_s']:.0f} TFLOP/s measured in this run")  # fmt: skip
-    print(f"{'kernel':28}{'batch':>6}{'ms':>10}{'rate':>16}{'of ceiling':>12}{'× eager':>10}{'× compiled':>12}")
-    for batch in (1, 16):
-        for cases in (convolution_cases, map_cases, selection_cases):
-            for name, kernel, plain, arguments, operations, moved in cases(batch):
-                torch.compiler.reset()
-                functions = kernel, plain, torch.compile(plain, mode="max-autotune")
-                timed = forward_and_gradient if "gradient" in name else forward
-                ms, eager, best = (milliseconds(partial(timed, f, arguments)) for f in functions)
-                gb_s, tflop_s = moved / ms / 1e6, operations / ms / 1e9
-                fraction = max(gb_s / limits["copy_gb_s"], tflop_s / limits["matmul_tflop_s"])
-                bound = tflop_s / limits["matmul_tflop_s"] == fraction
-                row = {"kernel": name, "batch": batch, "ms": ms, "gb_s": gb_s, "tflop_s": tflop_s, "fraction_of_ceiling": fraction,
-                       "eager_ms": eager, "compiled_ms": best}  # fmt: skip
-                rows.append(row)
-                rate = f"{tflop_s:.0f} TFLOP/s" if bound else f"{gb_s:.0f} GB/s"
-                print(f"{name:28}{batch:6}{ms:10.4f}{rate:>16}{fraction:12.0%}{eager / ms:10.2f}{best / ms:12.2f}", flush=True)
-    return {"device": torch.cuda.get_device_name(), "versions": versions, **limits, "kernels": rows}
-
 
 # --------------------------------------------------------------------------------------------------- inference and training
 
@@ -360,7 +230,7 @@ def training_section(device: torch.device, quick: bool, budget: float) -> dict:
             plain = copy.deepcopy(model).train()
             optimizer = torch.optim.Adam([p for p in plain.parameters() if p.requires_grad], lr=1e-4, weight_decay=1e-5)
             functions[row] = partial(several, with_kernels(False, partial(plain_step, plain, optimizer, half)), batch)
-        fast = copy.deepcopy(model).train().to(memory_format=LAST)
+        fast = copy.deepcopy(model).train().to(memory_format=torch.channels_last)
         kept = {**batch, "images": batch["images"].to(device)}
         kept["teacher"] = train.teacher_outputs(fast, [kept["images"]], "bf16" if bf16 else "fp32")
         step = train.Step(fast, train.make_optimizer(fast, 1e-4), "bf16" if bf16 else "fp32")
@@ -374,6 +244,36 @@ def training_section(device: torch.device, quick: bool, budget: float) -> dict:
             rows.append({"model": name, "row": row, "steps_s": 1e3 / per_step, "minutes_70000": 70000 * per_step / 60e3,
                          "steps": latency["passes"] * steps_a_call})  # fmt: skip
     return {"training": rows}
+
+
+@torch.no_grad()
+def accuracy_section(run: Path, device: torch.device) -> dict:
+    """How far the fast form of a run's model is from the model itself, eager fp32, on its category's test images; printed, and
+    returned. Raises ModelError or DataError if there is no such run or category."""
+    model = load(run, device)
+    category, fast, errors, scores = open_category(model.training_info["data"]), model.optimize(), [], []
+    images = Images([sample.path for sample in category.test], model.image_size, cache_bytes=0)
+    for i in tqdm(range(len(images)), "images"):
+        x = torch.as_tensor(images[i])[None].to(device)
+        (exact_map, exact), (fast_map, approximate) = with_kernels(False, model)(x), fast(x)
+        errors.append(((fast_map.float() - exact_map).square().mean().sqrt() / exact_map.std()).item())
+        scores.append((exact.item(), approximate.item()))
+    good, (exact, approximate) = np.array([sample.defect == "good" for sample in category.test]), np.array(scores).T
+    order = [np.sign(s[:, None] - s) for s in (exact, approximate)]
+    figures = {
+        "images": len(images),
+        "image_auroc": image_auroc(exact[good], exact[~good]),
+        "image_auroc_fast": image_auroc(approximate[good], approximate[~good]),
+        "map_error_mean": float(np.mean(errors)),
+        "map_error_max": max(errors),
+        "score_error_max": float(np.abs(approximate - exact).max() / exact.std()),
+        "pairs": len(images) * (len(images) - 1) // 2,
+        "pairs_in_other_order": int((order[0] != order[1]).sum() // 2),
+        "other_verdicts": int(((exact > model.threshold.item()) != (approximate > model.threshold.item())).sum()),
+    }
+    print(f"{run}, {category.name}, {getattr(fast, 'precision', 'fast form')} against eager fp32:")
+    print(*(f"  {name.replace('_', ' ')}: {value:.5g}" for name, value in figures.items()), sep="\n")
+    return figures
 
 
 def draw_maps(count: int, shape: tuple[int, int], seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -446,6 +346,7 @@ def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description="Measure this implementation.")
     p.add_argument("--inference", action="store_true", help="latency and throughput; with --training the default")
     p.add_argument("--training", action="store_true", help="steps a second")
+    p.add_argument("--accuracy", metavar="RUN", help="maps and scores of a trained run's fast form against eager fp32")
     p.add_argument("--metrics", action="store_true", help="speed and memory of AU-PRO against a plain port")
     p.add_argument("--kernels", action="store_true", help="each Triton kernel against eager and compiled torch; needs a GPU")
     p.add_argument("--quick", action="store_true", help="EfficientAD-S at batch 1 only, and SimpleNet's inference")
@@ -457,19 +358,17 @@ def main(argv: list[str] | None = None) -> None:
     args = p.parse_args(argv)
     if args.readme:
         return write_readme(args.readme)
-    try:
-        device = pick_device(args.device)
-    except efficientad.ModelError as error:
-        print(f"benchmark.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    device = pick_device(args.device)
     if args.kernels and device.type != "cuda":
         print("benchmark.py: --kernels needs a GPU that torch can use, and there is none", file=sys.stderr)
         sys.exit(2)
-    if not (args.inference or args.training or args.metrics or args.kernels):
+    if not (args.inference or args.training or args.accuracy or args.metrics or args.kernels):
         args.inference = args.training = True
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     torch.backends.cudnn.benchmark = True  # eager convolutions choose their best algorithm
     results, budget = {}, args.budget or (10 if args.quick else 120)
+    if args.accuracy:
+        results["accuracy"] = accuracy_section(Path(args.accuracy), device)
     if args.metrics:
         results["metrics"] = metrics_section()
     if args.kernels:
@@ -491,6 +390,6 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except OSError as error:  # --json or --plot cannot be written
+    except (OSError, ModelError, DataError) as error:
         print(f"benchmark.py: {error}", file=sys.stderr)
         sys.exit(2)

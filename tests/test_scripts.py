@@ -14,9 +14,12 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+import evaluate
 import train
 from backbone import ResNet
+from data import open_category
 from efficientad import PDN, EfficientAD, read_checkpoint
+from metrics import image_auroc
 
 TINY = ("--image-size", 128, "--pretraining-images", "none", "--device", "cpu")
 
@@ -341,3 +344,18 @@ def test_distill_errors(photos, run_script, tmp_path):
     ):
         status, _, err = run_script("distill.py", *photos, *options)
         assert status == 2 and message in err and "Traceback" not in err, err
+
+
+def test_benchmark_compares_the_fast_form(run, run_script, tmp_path):
+    status, out, err = run_script("benchmark.py", "--accuracy", run, "--device", "cpu", "--json", "figures.json")
+    assert status == 0 and "against eager fp32" in out, err
+    figures = json.loads((tmp_path / "figures.json").read_text())["accuracy"]
+    model = evaluate.load(run, torch.device("cpu"))
+    samples = open_category(model.training_info["data"]).test
+    scores = np.array([evaluate.predict(model, s.path)[2]["combined"] for s in samples])
+    good = np.array([s.defect == "good" for s in samples])
+    assert figures["image_auroc"] == image_auroc(scores[good], scores[~good]) and figures["images"] == 9 and figures["pairs"] == 36
+    assert figures["map_error_mean"] <= figures["map_error_max"] < 0.05 and figures["score_error_max"] < 0.1
+    assert figures["pairs_in_other_order"] <= 3 and abs(figures["image_auroc_fast"] - figures["image_auroc"]) < 0.2
+    status, _, err = run_script("benchmark.py", "--accuracy", "nowhere")
+    assert status == 2 and err == "benchmark.py: nowhere/model.pt: no such file\n"
