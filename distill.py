@@ -42,7 +42,7 @@ from efficientad import (
     read_checkpoint,
     write_checkpoint,
 )
-from runs import check_losses, last_line, lock, log_entry, open_log, remove_leftovers
+from runs import check_losses, fingerprint, last_line, lock, log_entry, open_log, remove_leftovers
 
 
 class Views(Dataset):
@@ -213,6 +213,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Photos: every 40th is held out, at most 64, to measure the loss on photos that the teacher has not seen.
     paths = [path for folder in args.images for path in list_images(folder, recursive=True)]
+    photos = fingerprint(paths)
     held_out = paths[::40][:64] if len(paths) >= 40 else []
     unseen = set(held_out)
     paths = [path for path in paths if path not in unseen]
@@ -236,6 +237,8 @@ def main(argv: list[str] | None = None) -> None:
         state = read_checkpoint(str(resume_file))
         if state.get("options") != options:
             raise ModelError(f"{resume_file}: made with other options; repeat the command that made it, with --resume")
+        if state.get("photos") != photos:
+            raise DataError(f"{args.images[0]}: other photos than when the run began; put them back, or remove {resume_file}")
         try:
             start, targets.mean, targets.std = state["step"], state["mean"], state["std"]
             pdn.load_state_dict(state["pdn"])
@@ -260,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
             check_losses(recent, step - 1, args.out)
         if not all_finite(pdn.parameters()):
             raise ModelError(f"{args.out}: step {step - 1}: it left weights that are not finite; lower --lr and start again")
-        state = {"step": step, "options": options, "mean": targets.mean, "std": targets.std}
+        state = {"step": step, "options": options, "photos": photos, "mean": targets.mean, "std": targets.std}
         write_checkpoint(state | {"pdn": pdn.state_dict(), "optimizer": optimizer.state_dict()}, str(resume_file))
 
     if start == 0 and rank == 0:

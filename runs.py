@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import zlib
 from pathlib import Path
 from typing import BinaryIO
 
@@ -90,6 +91,11 @@ def log_entry(log: BinaryIO, entry: dict) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         raise OSError(error.errno, error.strerror, log.name) from None
+
+
+def fingerprint(paths: list[Path]) -> int:
+    """Of file names: tells whether files came or went while a run was interrupted."""
+    return zlib.crc32("\n".join(map(str, paths)).encode(errors="surrogateescape"))
 
 
 def last_line(error: Exception) -> str:

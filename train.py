@@ -20,7 +20,6 @@ import signal
 import sys
 import time
 import traceback
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -48,6 +47,7 @@ from efficientad import (
 from fast import Graphed
 from runs import (
     check_losses,
+    fingerprint,
     holds_results,
     list_jobs,
     lock,
@@ -346,12 +346,6 @@ def pretraining_images(args: argparse.Namespace) -> tuple[Images | PhotographCro
     return images, f"{len(images)} pretraining images from {args.pretraining_images}"
 
 
-def fingerprint(*collections: Images | PhotographCrops | None) -> int:
-    """Of the images' names: tells whether files came or went while a run was interrupted."""
-    names = "\n".join(str(path) for images in collections for path in getattr(images, "paths", ()))
-    return zlib.crc32(names.encode(errors="surrogateescape"))
-
-
 def train(args: argparse.Namespace) -> Path:
     """One run: the model of a category, in its run folder, which is returned. With args.resume the rest of a run."""
     device, size = torch.device(args.device), tuple(args.image_size)
@@ -372,7 +366,8 @@ def train(args: argparse.Namespace) -> Path:
     args.steps = args.steps or math.ceil(args.epochs * counts[0] / args.batch_size)
     pretraining, penalty = (None, f"SimpleNet on {args.backbone}") if simplenet else pretraining_images(args)
     bad_photos = getattr(pretraining, "errors", {})  # by index, grows during training
-    files = {"data": fingerprint(training, validation), "pretraining_images": fingerprint(pretraining)}
+    files = {"data": [*training.paths, *validation.paths], "pretraining_images": getattr(pretraining, "paths", [])}
+    files = {option: fingerprint(paths) for option, paths in files.items()}
 
     # Run folder: new, or as an interrupted run left it.
     folder, start, seconds = Path(args.resume) if args.resume else new_run_folder(args, category.name), 0, 0.0

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -326,6 +327,10 @@ def test_distill_resumed_equals_uninterrupted(options, photos, run_script, tmp_p
     monkeypatch.setattr(torch.optim.Adam, "step", step)
     status, _, err = run_script("distill.py", *photos, *options, "--out", "cut.pt", "--seed", 1, "--resume")
     assert status == 2 and "made with other options" in err
+    shutil.copy(tmp_path / "photos/0.png", tmp_path / "photos/9.png")
+    status, _, err = run_script("distill.py", *photos, *options, "--out", "cut.pt", "--resume")
+    assert status == 2 and "photos: other photos than when the run began; put them back, or remove cut.pt.resume" in err
+    (tmp_path / "photos/9.png").unlink()
     assert run_script("distill.py", *photos, *options, "--out", "cut.pt", "--resume")[0] == 0
     whole, cut = (torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "cut.pt"))
     assert all(torch.equal(whole[k], cut[k]) for k in whole)

@@ -23,8 +23,8 @@ import runs
 from backbone import ResNet
 from data import DataError, Images, list_images, look_of, open_category, range_of, read_image, unlike
 from efficientad import CHANNELS, PDN, EfficientAD, ModelError, false_alarms, read_checkpoint, write_checkpoint
-from runs import last_line, write
-from train import fingerprint, permutation
+from runs import fingerprint, last_line, write
+from train import permutation
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
 TINY = ("--image-size", 128, "--pretraining-images", "none", "--device", "cpu")
@@ -359,8 +359,7 @@ def test_training_states_that_cannot_be_resumed(model, run_script, tmp_path):
     (tmp_path / "cut").mkdir()
     put(tmp_path / "part/train/good/0.png"), put(tmp_path / "part/train/good/1.png")
     options = {"device": "cpu", "data": "part", "image_size": [128, 128], "pretraining_images": "none", "steps": 2, "lr": 1e-4}
-    images = (Images(paths, (128, 128)) for paths in open_category("part").split(0))
-    names = {"data": fingerprint(*images), "pretraining_images": fingerprint(None)}
+    names = {"data": fingerprint(sum(open_category("part").split(0), [])), "pretraining_images": fingerprint([])}
     good = {"format": "efficientad-resume", "options": options, "step": 1, "seconds": 0.0, "model": model.state_dict(),
             "files": names, "bad_photos": {}, "optimizer": {}}  # fmt: skip
     for content, words in (
