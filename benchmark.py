@@ -143,7 +143,8 @@ def measure_rows(model: nn.Module, images: Tensor, names: list[str], budget: flo
     row's, relative to the map's deviation (of an untrained model: smaller than of a trained one)."""
     device, functions, rows, first = next(model.parameters()).device, {}, {}, None
     for name in names:
-        print(f"{type(model).__name__}, {tuple(images.shape)}: {name}", file=sys.stderr)
+        size = getattr(model, "config", {}).get("size", "")
+        print(f"{type(model).__name__} {size} {tuple(images.shape)}: {name}", file=sys.stderr)
         how, _, allowed = ROWS[name]
         before = memory(device)
         try:
@@ -374,7 +375,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.kernels:
         results["kernels"] = kernel_section()
     if args.inference or args.training:
-        command = "python benchmark.py" + " --quick" * args.quick
+        command = "python benchmark.py" + " --quick" * args.quick + (f" --budget {args.budget:g}" if args.budget else "")
         results |= {"command": command, **environment(device)}
     if args.inference:
         results |= inference_section(device, args.quick, budget)
