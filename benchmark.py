@@ -252,14 +252,19 @@ def accuracy_section(run: Path, device: torch.device) -> dict:
     """How far the fast form of a run's model is from the model itself, eager fp32, on its category's test images; printed, and
     returned. Raises ModelError or DataError if there is no such run or category."""
     model = load(run, device)
+    if "data" not in model.training_info:
+        raise DataError(f"{run}: the model does not say what it was trained on; name a run of train.py")
     category, fast, errors, scores = open_category(model.training_info["data"]), model.optimize(), [], []
+    good = np.array([sample.defect == "good" for sample in category.test])
+    if good.all() or not good.any():
+        raise DataError(f"{category.root}: --accuracy needs good and defective test images")
     images = Images([sample.path for sample in category.test], model.image_size, cache_bytes=0)
     for i in tqdm(range(len(images)), "images"):
         x = torch.as_tensor(images[i])[None].to(device)
         (exact_map, exact), (fast_map, approximate) = with_kernels(False, model)(x), fast(x)
         errors.append(((fast_map.float() - exact_map).square().mean().sqrt() / exact_map.std()).item())
         scores.append((exact.item(), approximate.item()))
-    good, (exact, approximate) = np.array([sample.defect == "good" for sample in category.test]), np.array(scores).T
+    exact, approximate = np.array(scores).T
     order = [np.sign(s[:, None] - s) for s in (exact, approximate)]
     figures = {
         "images": len(images),
