@@ -16,10 +16,6 @@ weights was not. Operations: of convolutions and linear layers, two for a multip
 product in the row's precision.
 Training: steps on images in memory. The plain step runs fp32 (or autocast) eager torch, the student on each image by itself with
 all channels, the teacher anew every step, Adam as torch has it by default, and waits for its loss.
-
---kernels compares with the same expression in eager torch and in torch.compile (max-autotune), channels-last tensors too. Ceilings,
-a copy of 1 GiB and an 8192³ matrix product, are measured in the same run. A time is the median of calls between CUDA events,
-after warm-up, the L2 cache overwritten before each; compilation is excluded. Without a GPU: one line, exit status 2.
 """
 
 import argparse

@@ -1,15 +1,59 @@
+import contextlib
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import demo  # noqa: E402
+from data import look_of, range_of  # noqa: E402
+from efficientad import EfficientAD  # noqa: E402
+
+PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
+TINY = ("--image-size", 128, "--pretraining-images", "none", "--device", "cpu")
+
+
+def put(path: Path, content=PHOTO, **options) -> Path:
+    """Write bytes, or an image with Pillow's options, in a folder that need not exist."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content) if isinstance(content, bytes) else content.save(path, **options)
+    return path
+
+
+def assert_refused(result: tuple[int, str, str], *words: object) -> None:
+    """Exit status 2, and the last line alone says why (argparse writes the usage before it, tqdm its bar)."""
+    status, _, err = result
+    assert status == 2 and "Traceback" not in err, err
+    line = err.splitlines()[-1].split("\r")[-1]
+    assert all(str(word) in line for word in words), err
+    assert line.split(".py: ")[0] in ("train", "evaluate", "distill"), err
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Calibrated on noise; says that its training images looked like PHOTO."""
+    torch.manual_seed(0)
+    model = EfficientAD(image_size=(128, 128))
+    model.fit_teacher_statistics([torch.rand(2, 3, 128, 128)])
+    model.calibrate([torch.rand(2, 3, 128, 128)])
+    model.training_info = {"validation_images": 2, "usual": range_of([look_of(PHOTO)])}
+    return model
+
+
+@pytest.fixture
+def run(model, tmp_path):
+    """A run folder with that model alone."""
+    (tmp_path / "run").mkdir()
+    model.save(str(tmp_path / "run/model.pt"))
+    return tmp_path / "run"
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +97,27 @@ def run_script(tmp_path, monkeypatch, capfd):
         return (status or 0, *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture
+def interrupt_at(monkeypatch):
+    """interrupt_at(n): until the context ends, the n-th step of an optimizer of this process comes with a Ctrl-C."""
+
+    @contextlib.contextmanager
+    def context(n: int):
+        step, calls = torch.optim.Adam.step, []
+
+        def counted(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == n:
+                os.kill(os.getpid(), signal.SIGINT)
+            return step(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.optim.Adam, "step", counted)
+            yield
+
+    return context
 
 
 @pytest.fixture(autouse=True)

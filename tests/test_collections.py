@@ -132,21 +132,12 @@ def test_collection_from_training_to_summary(loco, options, run_script, tmp_path
     assert status == 2 and "is a folder of runs" in err
 
 
-def test_interrupted_run_is_resumed(visa, options, run_script, tmp_path, monkeypatch):
+def test_interrupted_run_is_resumed(visa, options, run_script, tmp_path, interrupt_at):
     """Ctrl-C during the second category: the same command goes on where it stopped, to the same model."""
     command = ("train.py", "--data", visa, *options, "--steps", 3)
     assert run_script(*command, "--out", "whole")[0] == 0
-    step, calls = torch.optim.Adam.step, []
-
-    def interrupt_at_fifth(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 5:
-            os.kill(os.getpid(), 2)
-        return step(*args, **kwargs)
-
-    monkeypatch.setattr(torch.optim.Adam, "step", interrupt_at_fifth)
-    assert run_script(*command, "--out", "cut")[0] == 130
-    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    with interrupt_at(5):
+        assert run_script(*command, "--out", "cut")[0] == 130
     assert list(models(tmp_path / "cut")) == ["candle-small"] and (tmp_path / "cut/pcb1-small/resume.pt").exists()
     assert run_script(*command, "--out", "cut")[0] == 0
     for name in models(tmp_path / "whole"):

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY
 from PIL import Image
 
 import evaluate
@@ -21,8 +21,6 @@ from backbone import ResNet
 from data import open_category
 from efficientad import PDN, EfficientAD, read_checkpoint
 from metrics import image_auroc
-
-TINY = ("--image-size", 128, "--pretraining-images", "none", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -311,20 +309,11 @@ def test_distill_makes_a_teacher(photos, run_script, tmp_path, tiny_demo):
 
 
 @pytest.mark.parametrize("options", [("--crops", 0.2, 0.9), ("--views", 2), ()])
-def test_distill_resumed_equals_uninterrupted(options, photos, run_script, tmp_path, monkeypatch):
+def test_distill_resumed_equals_uninterrupted(options, photos, run_script, tmp_path, interrupt_at):
     assert run_script("distill.py", *photos, *options, "--out", "whole.pt", "--checkpoint-every", 3)[0] == 0
-    step, calls = torch.optim.Adam.step, []
-
-    def stop_at_fifth(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(*args, **kwargs)
-
-    monkeypatch.setattr(torch.optim.Adam, "step", stop_at_fifth)
-    status, _, err = run_script("distill.py", *photos, *options, "--out", "cut.pt")
+    with interrupt_at(5):
+        status, _, err = run_script("distill.py", *photos, *options, "--out", "cut.pt")
     assert status == 130 and "--resume" in err and not (tmp_path / "cut.pt").exists()
-    monkeypatch.setattr(torch.optim.Adam, "step", step)
     status, _, err = run_script("distill.py", *photos, *options, "--out", "cut.pt", "--seed", 1, "--resume")
     assert status == 2 and "made with other options" in err
     shutil.copy(tmp_path / "photos/0.png", tmp_path / "photos/9.png")

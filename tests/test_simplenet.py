@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 
 import numpy as np
 import pytest
@@ -324,20 +323,11 @@ def test_train_evaluate_score(options, run_script, tmp_path):
     assert list(csv.DictReader((run / "images/scores.csv").open()))[0].keys() == {"image", "score", "anomalous", "unlike_training"}
 
 
-def test_resumed_equals_uninterrupted(options, run_script, tmp_path, monkeypatch):
+def test_resumed_equals_uninterrupted(options, run_script, tmp_path, interrupt_at):
     assert run_script("train.py", *options, "--steps", 6, "--out", "whole")[0] == 0
-    step, calls = torch.optim.Adam.step, []
-
-    def stop_at_third(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            os.kill(os.getpid(), 2)
-        return step(*args, **kwargs)
-
-    monkeypatch.setattr(torch.optim.Adam, "step", stop_at_third)
-    status, _, err = run_script("train.py", *options, "--steps", 6, "--out", "cut")
+    with interrupt_at(3):
+        status, _, err = run_script("train.py", *options, "--steps", 6, "--out", "cut")
     assert status == 130 and "--resume cut" in err
-    monkeypatch.setattr(torch.optim.Adam, "step", step)
     status, _, err = run_script("train.py", "--resume", "cut")
     assert status == 0, err
     a, b = (torch.load(tmp_path / name / "model.pt", weights_only=True)["state"] for name in ("whole", "cut"))
