@@ -1,8 +1,10 @@
 import contextlib
 import os
+import re
 import runpy
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,16 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import demo  # noqa: E402
-from data import look_of, range_of  # noqa: E402
 from efficientad import EfficientAD  # noqa: E402
+from support import demo  # noqa: E402
+from support.checkpoints import load_teacher  # noqa: E402
+from support.data import appearance_of, appearance_range, list_images, read_image, to_array  # noqa: E402
+from support.tiling import TiledEfficientAD  # noqa: E402
+from support.training import Step, draw, make_adam  # noqa: E402
+from train import losses_of  # noqa: E402
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
+DEMO_SIZE = (128, 128)
 TINY = ("--image-size", 128, "--pretraining-images", "none", "--device", "cpu")
 
 
@@ -29,12 +36,12 @@ def put(path: Path, content=PHOTO, **options) -> Path:
 
 
 def assert_refused(result: tuple[int, str, str], *words: object) -> None:
-    """Exit status 2, and the last line alone says why (argparse writes the usage before it, tqdm its bar)."""
+    """Exit status 2, and the last line alone says why; argparse writes the usage before it."""
     status, _, err = result
     assert status == 2 and "Traceback" not in err, err
     line = err.splitlines()[-1].split("\r")[-1]
     assert all(str(word) in line for word in words), err
-    assert line.split(".py: ")[0] in ("train", "evaluate", "distill"), err
+    assert re.match(r"(train|evaluate)\.py: |(tools|baselines)\.\w+: ", line), err
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +51,8 @@ def model():
     model = EfficientAD(image_size=(128, 128))
     model.fit_teacher_statistics([torch.rand(2, 3, 128, 128)])
     model.calibrate([torch.rand(2, 3, 128, 128)])
-    model.training_info = {"validation_images": 2, "usual": range_of([look_of(PHOTO)])}
+    appearance = appearance_range([appearance_of(PHOTO)])
+    model.training_info = {"validation_images": 2, "appearance": appearance}
     return model
 
 
@@ -73,7 +81,8 @@ def teacher() -> str:
 @pytest.fixture(scope="session")
 def tiny_demo(tmp_path_factory) -> Path:
     """The demo set with very few images."""
-    counts = {"train/good": 5, "validation/good": 2, "test/good": 3, "test/logical_anomalies": 3, "test/structural_anomalies": 3}
+    counts = {"train/good": 5, "validation/good": 2, "test/good": 3}
+    counts |= {"test/logical_anomalies": 3, "test/structural_anomalies": 3}
     root = tmp_path_factory.mktemp("sets") / "tiny"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "DEMO_SPLITS", counts)
@@ -81,9 +90,40 @@ def tiny_demo(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def demo_images(tiny_demo) -> torch.Tensor:
+    """The tiny demo set's training and test images, uint8 N×3×128×128."""
+    paths = list_images(tiny_demo / "train/good")
+    paths += list_images(tiny_demo / "test", recursive=True)
+    return torch.stack([torch.from_numpy(to_array(read_image(p), DEMO_SIZE)) for p in paths])
+
+
+@pytest.fixture
+def trained(demo_images, teacher):
+    """trained(steps, **config): a model trained for so many steps on demo_images, calibrated."""
+
+    def make(steps: int, **config) -> TiledEfficientAD:
+        torch.manual_seed(1)
+        model = TiledEfficientAD(image_size=DEMO_SIZE, **config)
+        if config.get("size", "small") == "small":
+            load_teacher(model, teacher)
+        model.fit_teacher_statistics([demo_images[:2]])
+        learned = [*model.student.parameters(), *model.autoencoder.parameters()]
+        device = demo_images.device
+        optimizer = make_adam([{"params": learned, "lr": 3e-4}], device)
+        step = Step(partial(losses_of, model=model, p_hard=0.999), optimizer, device, "fp32")
+        for i in range(steps):
+            step({"images": demo_images[i % 5][None], "draws": draw(1)})
+        model.calibrate([demo_images[3:5]])
+        return model
+
+    return make
+
+
 @pytest.fixture
 def run_script(tmp_path, monkeypatch, capfd):
-    """run_script("train.py", "--steps", 2) runs the real script in an empty folder -> (exit status, stdout, stderr)."""
+    """run_script("train.py", "--steps", 2), or ("tools.distill", …), runs the real script in an
+    empty folder -> (exit status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
     def run(script: str, *arguments) -> tuple[int, str, str]:
@@ -91,7 +131,10 @@ def run_script(tmp_path, monkeypatch, capfd):
         capfd.readouterr()
         status = 0
         try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
+            if script.endswith(".py"):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            else:
+                runpy.run_module(script, run_name="__main__", alter_sys=True)
         except SystemExit as exit:
             status = exit.code
         return (status or 0, *capfd.readouterr())
@@ -101,7 +144,7 @@ def run_script(tmp_path, monkeypatch, capfd):
 
 @pytest.fixture
 def interrupt_at(monkeypatch):
-    """interrupt_at(n): until the context ends, the n-th step of an optimizer of this process comes with a Ctrl-C."""
+    """interrupt_at(n): within the context, the n-th step of an optimizer comes with a Ctrl-C."""
 
     @contextlib.contextmanager
     def context(n: int):

@@ -1,4 +1,5 @@
-"""kill -9 at random moments, and two processes on one run folder."""
+"""kill -9 at random moments, and two processes on one run folder; distillation's is in
+test_distill.py."""
 
 import contextlib
 import fcntl
@@ -10,22 +11,25 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY, assert_refused
 from PIL import Image
 
-from backbone import ResNet
-from efficientad import EfficientAD, read_checkpoint
-from runs import log_entry, open_log
+from efficientad import EfficientAD
+from support.backbone import ResNet
+from support.checkpoints import read_checkpoint
+from support.runs import Log
 
-# Imports once, then forks for each job: its process id, then its exit status. A start costs milliseconds, not seconds.
+# Imports once, then forks for each job: its process id, then its exit status. So a start costs
+# milliseconds.
 SERVER = """
 import json, os, sys, traceback
 import torch
-import distill, evaluate, train
+import evaluate, train
 torch.set_num_threads(1)
 for line in sys.stdin:
     script, arguments, log = json.loads(line)
@@ -52,15 +56,19 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(folder):
-    """start("train", *arguments, kill_after=None) -> exit status, in `folder`; -9 if it was killed so many seconds later."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    """start("train", *arguments, kill_after=None) -> exit status, in `folder`; -9 if it was killed
+    so many seconds later."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-    server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=folder, env=environment, **pipes)
+    command = [sys.executable, "-c", SERVER]
+    server = subprocess.Popen(command, cwd=folder, env=environment, **pipes)
 
     def run(script, *arguments, kill_after=None):
         server.stdin.write(json.dumps([script, list(map(str, arguments)), "job.log"]) + "\n")
         pid = int(server.stdout.readline())
-        if kill_after is not None and not select.select([server.stdout], [], [], kill_after)[0]:
+        running = kill_after is not None
+        if running and not select.select([server.stdout], [], [], kill_after)[0]:
             with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
                 os.kill(pid, signal.SIGKILL)
         return int(server.stdout.readline())
@@ -78,7 +86,7 @@ def check_whole(folder) -> None:
     """Whatever has a final name is whole."""
     for path in folder.rglob("*"):
         if path.suffix in (".pt", ".resume"):
-            read_checkpoint(str(path))
+            read_checkpoint(path)
         elif path.suffix == ".png":
             Image.open(path).load()
 
@@ -90,50 +98,25 @@ def equal(a, b) -> bool:
 
 
 def test_training_survives_kill_9(start, folder, tiny_demo, teacher):
-    options = ("--data", tiny_demo, "--steps", 3, "--image-size", 128, "--pretraining-images", "none", "--device", "cpu",
-               "--teacher", teacher, "--checkpoint-every", 0)  # fmt: skip
+    options = ("--data", tiny_demo, "--steps", 3, *TINY, "--teacher", teacher)
+    options += ("--checkpoint-every", 0)
     began, whole, cut = time.time(), folder / "whole", folder / "cut"
     assert start("train", *options, "--out", whole) == 0, log_of(folder)
     duration, rng, kills = time.time() - began, np.random.default_rng(), 0
     while True:
         resume = ("--resume", cut) if (cut / "resume.pt").exists() else (*options, "--out", cut)
-        status = start("train", *resume, kill_after=rng.uniform(0, duration) if kills < 9 else None)
+        status = start("train", *resume, kill_after=rng.uniform(0, duration) if kills < 6 else None)
         kills += status == -9
         assert status in (0, -9), log_of(folder)
         check_whole(cut)
         if (cut / "model.pt").exists() and not (cut / "resume.pt").exists():
-            a, b = (read_checkpoint(str(f / "model.pt")) for f in (whole, cut))
+            a, b = (read_checkpoint(f / "model.pt") for f in (whole, cut))
             assert equal(a["state"], b["state"]) and equal(a["training"], b["training"])
             assert (whole / "log.jsonl").read_text() == (cut / "log.jsonl").read_text()
-            if status == 0 and kills >= 9:
-                break
-            shutil.rmtree(cut)
-    assert sorted(p.name for p in cut.iterdir()) == [".lock", "log.jsonl", "model.pt"]  # nothing half-written is left
-
-
-def test_distillation_survives_kill_9(start, folder):
-    torch.manual_seed(0)
-    torch.save(ResNet("resnet18").state_dict(), folder / "resnet18.pth")
-    (folder / "photos").mkdir()
-    for i in range(3):
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (60, 80, 3), np.uint8)).save(folder / f"photos/{i}.png")
-    options = ("--images", "photos", "--backbone", "resnet18", "--backbone-weights", "resnet18.pth", "--image-size", 32,
-               "--steps", 4, "--batch-size", 2, "--device", "cpu", "--checkpoint-every", 1, "--resume")  # fmt: skip
-    began, place = time.time(), folder / "distilled"
-    assert start("distill", *options, "--out", "distilled/whole.pt") == 0, log_of(folder)
-    duration, rng, kills = time.time() - began, np.random.default_rng(), 0
-    while True:
-        status = start("distill", *options, "--out", "distilled/cut.pt", kill_after=rng.uniform(0, duration) if kills < 6 else None)
-        kills += status == -9
-        assert status in (0, -9), log_of(folder)
-        check_whole(place)
-        if (place / "cut.pt").exists():
-            assert equal(*(read_checkpoint(str(place / f"{name}.pt")) for name in ("whole", "cut")))
             if status == 0 and kills >= 6:
                 break
-            (place / "cut.pt").unlink(), (place / "cut.pt.resume").unlink(missing_ok=True)
-    kinds = (".{}.pt.lock", "{}.jsonl", "{}.pt")
-    assert sorted(p.name for p in place.iterdir()) == sorted(k.format(n) for k in kinds for n in ("cut", "whole"))
+            shutil.rmtree(cut)
+    assert sorted(p.name for p in cut.iterdir()) == [".lock", "log.jsonl", "model.pt"]
 
 
 def test_evaluation_survives_kill_9(start, folder, tiny_demo):
@@ -150,37 +133,40 @@ def test_evaluation_survives_kill_9(start, folder, tiny_demo):
     expected = {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file()}
     while kills < 6:
         (run / "results.json").unlink(missing_ok=True)
-        status = start("evaluate", "--run", run, "--device", "cpu", kill_after=rng.uniform(0, duration))
+        status = start(
+            "evaluate", "--run", run, "--device", "cpu", kill_after=rng.uniform(0, duration)
+        )
         kills += status == -9
         assert status in (0, -9), log_of(folder)
         check_whole(run)
         if (run / "results.json").exists():
-            assert (run / "results.json").read_bytes() == expected[(run / "results.json").relative_to(run)]
+            assert (run / "results.json").read_bytes() == expected[Path("results.json")]
     (run / "overlays/left.png.tmp1").write_bytes(b"half")
     assert start("evaluate", "--run", run, "--device", "cpu") == 0
-    assert {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file()} == expected
+    found = {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    assert found == expected
 
 
-def test_a_second_process_is_refused(run_script, tmp_path, tiny_demo, teacher, monkeypatch):
-    """Training, resuming, evaluating, scoring and distilling, while another process holds the folder; not after its kill -9."""
+def test_a_second_process_is_refused(run_script, tmp_path, tiny_demo, teacher):
+    """Training, resuming, evaluating, scoring and distilling, while another process holds the
+    folder; not after its kill -9."""
     model = EfficientAD(image_size=(128, 128))
     model.threshold.fill_(1.0)
     model.training_info = {"data": str(tiny_demo)}
-    for name in ("begun", "done"):
+    for name in ("begun", "done", "new"):
         (tmp_path / name).mkdir()
     model.save(str(tmp_path / "done/model.pt"))
-    options = {"format": "efficientad-resume", "options": {"device": "cpu", "data": str(tiny_demo), "image_size": [128, 128],
-                                                           "steps": 1, "pretraining_images": "none", "lr": 1e-4}}  # fmt: skip
-    torch.save(options, tmp_path / "begun/resume.pt")
+    options = {"device": "cpu", "data": str(tiny_demo), "image_size": [128, 128]}
+    torch.save({"format": "run", "options": options}, tmp_path / "begun/resume.pt")
     torch.save(ResNet("resnet18").state_dict(), tmp_path / "resnet18.pth")
+    backbone = ("--backbone", "resnet18", "--backbone-weights", "resnet18.pth")
     commands = [
         ("train.py", "--resume", "begun"),
-        ("train.py", "--data", tiny_demo, "--teacher", teacher, "--image-size", 128, "--device", "cpu", "--out", "new"),
+        ("train.py", "--data", tiny_demo, "--teacher", teacher, *TINY, "--out", "new"),
         ("evaluate.py", "--run", "done", "--device", "cpu"),
         ("evaluate.py", "--run", "done", "--images", tiny_demo / "test", "--device", "cpu"),
-        ("distill.py", "--images", tiny_demo, "--backbone", "resnet18", "--backbone-weights", "resnet18.pth", "--out", "done/t.pt"),
+        ("tools.distill", "--images", tiny_demo, *backbone, "--out", "done/t.pt"),
     ]
-    (tmp_path / "new").mkdir()
     ready, write_end = os.pipe()
     child = os.fork()
     if child == 0:
@@ -193,8 +179,7 @@ def test_a_second_process_is_refused(run_script, tmp_path, tiny_demo, teacher, m
     try:
         before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
         for command in commands:
-            status, _, err = run_script(*command)
-            assert status == 2 and "in use by another process" in err.splitlines()[-1] and "Traceback" not in err, err
+            assert_refused(run_script(*command), "in use by another process")
         assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     finally:
         os.kill(child, signal.SIGKILL)
@@ -206,20 +191,23 @@ def test_killed_before_anything_was_saved(run_script, tmp_path, tiny_demo, teach
     (tmp_path / "early").mkdir()
     (tmp_path / "early/resume.pt.tmp77").write_bytes(b"half")
     (tmp_path / "early/.lock").touch()
-    status, _, err = run_script("train.py", "--resume", "early")
-    assert status == 2 and "interrupted before anything was saved; start it again, with --out early" in err
-    options = ("--image-size", 128, "--pretraining-images", "none", "--steps", 1, "--device", "cpu", "--teacher", teacher)
+    result = run_script("train.py", "--resume", "early")
+    assert_refused(
+        result, "interrupted before anything was saved; start it again, with --out early"
+    )
+    options = (*TINY, "--steps", 1, "--teacher", teacher)
     assert run_script("train.py", "--data", tiny_demo, *options, "--out", "early")[0] == 0
-    assert sorted(p.name for p in (tmp_path / "early").iterdir()) == [".lock", "log.jsonl", "model.pt"]
+    names = sorted(p.name for p in (tmp_path / "early").iterdir())
+    assert names == [".lock", "log.jsonl", "model.pt"]
 
 
 def test_log_goes_on_where_the_run_does(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 0}\n{"step": 10}\n{"step": 20}\n{"ste')
-    with open_log(path, 15) as log:
-        log_entry(log, {"step": 19})
+    Log(path, 15).add({"step": 19})
     assert path.read_text() == '{"step": 0}\n{"step": 10}\n{"step": 19}\n'
-    open_log(path, 0).close()
+    log = Log(path, 0)
     assert path.read_text() == ""
-    with open("/dev/full", "ab", buffering=0) as log, pytest.raises(OSError, match="/dev/full"):
-        log_entry(log, {"step": 0})
+    log.file = open("/dev/full", "ab", buffering=0)
+    with pytest.raises(OSError, match="/dev/full"):
+        log.add({"step": 0})

@@ -1,0 +1,95 @@
+"""Model files read and written with care: whole or not at all, every failure one line."""
+
+import io
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from efficientad import EfficientAD, ModelError
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no element of any tensor is infinite or NaN; waits for the GPU once."""
+    return bool(torch.stack([t.detach().isfinite().all() for t in tensors]).all())
+
+
+def write_checkpoint(checkpoint: dict, path: str | Path) -> None:
+    """torch.save under a temporary name in the same folder, then rename: a reader never sees half a
+    file, and what `path` held stays whole if this fails. Raises ModelError if it fails."""
+    temporary, content = f"{path}.tmp{os.getpid()}", io.BytesIO()
+    torch.save(checkpoint, content)  # in memory: torch reports a full disk as a bug of its own
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())  # the name must not survive a power failure alone
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror}); what it held before is untouched"
+        raise ModelError(f"{path}: {reason}") from None
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """A dict that torch.load(weights_only=True) reads, on the CPU. Raises ModelError otherwise."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ModelError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except Exception:  # torch.load raises many kinds of errors for a foreign or damaged file
+        reason = "not a readable checkpoint (damaged, or of another program)"
+        raise ModelError(f"{path}: {reason}") from None
+    if not isinstance(checkpoint, dict):
+        raise ModelError(f"{path}: not a checkpoint of this program")
+    return checkpoint
+
+
+def load_model(path: str | Path, *classes: type[nn.Module]) -> nn.Module:
+    """The model in a file that `save` wrote, of that one of the classes whose format it has, on the
+    CPU, in eval mode. Raises ModelError if it is missing, damaged, foreign or not finite."""
+    checkpoint = read_checkpoint(path)
+    by_format = {cls.format: cls for cls in classes}
+    cls = by_format.get(str(checkpoint.get("format")))
+    if cls is None:
+        raise ModelError(
+            f"{path}: not a model of this program; pass a model.pt that train.py wrote"
+        )
+    try:
+        model = cls(**checkpoint["config"])
+        model.load_state_dict(checkpoint["state"])
+        model.training_info = dict(checkpoint["training"])
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
+        reason = "damaged model file; train again or restore it from a copy"
+        raise ModelError(f"{path}: {reason}") from None
+    if not all_finite(t for name, t in model.state_dict().items() if name != "threshold"):
+        raise ModelError(f"{path}: holds a weight or statistic that is not a number; train again")
+    if "usual" in model.training_info:  # the name that earlier versions gave it
+        model.training_info["appearance"] = model.training_info.pop("usual")
+    return model.eval()
+
+
+def load_teacher(model: EfficientAD, path: str | Path) -> None:
+    """Load a teacher file into a model: the PDN's weights, fp16 or fp32, named "0.weight", … or, as
+    other implementations do, "conv1.weight", …. Raises ModelError if it is missing, damaged,
+    foreign, not finite or of the other size."""
+    state, size = read_checkpoint(path), model.config["size"]
+    indices = [name.split(".")[0] for name in model.teacher.state_dict() if "weight" in name]
+    layers = {f"conv{i}": index for i, index in enumerate(indices, 1)}
+    renamed = {}
+    for name, tensor in state.items():
+        layer, _, rest = str(name).partition(".")
+        renamed[f"{layers.get(layer, layer)}.{rest}"] = tensor
+    try:
+        model.teacher.load_state_dict(renamed)
+    except (RuntimeError, AttributeError, TypeError):
+        remedy = f"pass one that `python -m tools.distill --size {size}` made"
+        raise ModelError(f"{path}: not a {size} teacher; {remedy}") from None
+    if not all_finite(model.teacher.parameters()):
+        raise ModelError(f"{path}: the teacher's weights are not finite; distil it again")

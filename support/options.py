@@ -1,0 +1,147 @@
+"""Command lines from dataclasses: each option with its default and its help stands once."""
+
+import argparse
+import dataclasses
+import math
+import shlex
+import types
+import typing
+from pathlib import Path
+
+import torch
+
+from efficientad import ModelError
+from support.checkpoints import read_checkpoint
+from support.fast import cpu_has_bf16
+
+
+class OptionError(ValueError):
+    """An impossible option; the command line answers with it and exit status 2."""
+
+
+def option(default: object, text: str, **arguments) -> typing.Any:
+    """A field of an options dataclass: default, help, and what else argparse shall know of it."""
+    metadata = {"help": text, **arguments}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def make_parser(cls: type, usage: str) -> argparse.ArgumentParser:
+    """A parser with an option for each field of the dataclass `cls`; its docstring's first line is
+    the description. A field's type is a plain type, a list (several values) or "| None"."""
+    description = cls.__doc__.split("\n")[0]
+    parser = argparse.ArgumentParser(
+        prog=usage.removeprefix("python -m ").removeprefix("python ").split()[0],
+        usage=usage,
+        description=description,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=100),
+    )
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        kind, arguments = hints[field.name], dict(field.metadata)
+        if isinstance(kind, types.UnionType):
+            kind = typing.get_args(kind)[0]
+        if typing.get_origin(kind) is list:
+            kind = typing.get_args(kind)[0]
+            arguments.setdefault("nargs", "+")
+        if kind is bool:
+            arguments["action"] = "store_true"
+        else:
+            arguments.setdefault("type", kind)
+            if not arguments.get("choices"):
+                arguments.setdefault("metavar", {int: "N", float: "X"}.get(kind, "S"))
+            if field.default not in (None, dataclasses.MISSING):
+                arguments["help"] += f" (default {field.default})"
+        parser.add_argument("--" + field.name.replace("_", "-"), **arguments)
+    return parser
+
+
+def parse_options(cls: type, usage: str, argv: list[str] | None = None) -> typing.Any:
+    """The options of a command line as an instance of `cls`; with --resume those of the interrupted
+    run. Exits with status 2 for an impossible option."""
+    parser = make_parser(cls, usage)
+    given = vars(parser.parse_args(argv))
+    try:
+        if "resume" in given:
+            if given.keys() - {"resume", "device", "data"}:
+                reason = "with it go --device and, if the data moved, --data"
+                raise OptionError(f"--resume takes its options from the run; {reason}")
+            given = {**saved_options(Path(given["resume"]), cls), **given}
+        return cls(**given)
+    except OptionError as error:
+        parser.error(str(error))
+
+
+def saved_options(folder: Path, cls: type) -> dict:
+    """The options of the interrupted run in a folder. Raises ModelError if there is none."""
+    path = folder / "resume.pt"
+    if not path.exists() and (folder / "model.pt").exists():
+        remedy = f"evaluate it with: python evaluate.py --run {shlex.quote(str(folder))}"
+        raise ModelError(f"{folder}: this run is complete; {remedy}")
+    if not path.exists() and (folder / ".lock").exists():
+        remedy = f"start it again, with --out {shlex.quote(str(folder))}"
+        raise ModelError(f"{folder}: interrupted before anything was saved; {remedy}")
+    state = read_checkpoint(path)
+    names = {field.name for field in dataclasses.fields(cls)}
+    if state.get("format") != "run" or not set(state["options"]) <= names:
+        raise ModelError(f"{path}: of another program or an earlier version; start the run again")
+    return state["options"]
+
+
+@dataclasses.dataclass
+class RunOptions:
+    """What every training run has."""
+
+    data: str = option("demo", "a category's folder, a folder of normal images, or demo")
+    image_size: list[int] | None = option(None, "height and width, or one number for both")
+    batch_size: int = option(1, "images a step")
+    seed: int = option(0, "of all random choices")
+    device: str | None = option(None, "cuda or cpu; default cuda if there is one")
+    precision: str = option(
+        "auto",
+        "of the step; auto: bf16 where the hardware has it",
+        choices=["auto", "fp32", "bf16"],
+    )
+    out: str | None = option(None, "run folder; default runs/DATA-MODEL", metavar="DIR")
+    skip_bad_images: bool = option(False, "leave out and list images that cannot be read")
+    checkpoint_every: float = option(60.0, "seconds between two saved states")
+    resume: str | None = option(None, "go on with the interrupted run in DIR", metavar="DIR")
+
+    def __post_init__(self) -> None:
+        self.device = str(pick_device(self.device))
+        if self.precision == "auto":
+            self.precision = "bf16" if has_bf16(torch.device(self.device)) else "fp32"
+        sizes = self.image_size or [0]
+        if len(sizes) > 2:
+            raise OptionError(f"--image-size takes H W or one number, got {len(sizes)} numbers")
+        if self.image_size:
+            self.image_size = [sizes[0], sizes[-1]]
+        if self.batch_size < 1 or not 0 <= self.seed < 2**32 or not self.checkpoint_every >= 0:
+            raise OptionError(
+                "need --batch-size >= 1, --seed >= 0 and < 2**32, --checkpoint-every >= 0"
+            )
+
+    def check_rate(self, lr: float) -> None:
+        if not 0 < lr < math.inf:
+            raise OptionError("need --lr > 0")
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device of this name; by default the GPU if there is one, else the CPU. Raises ModelError
+    if torch cannot use it."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        reason = "torch cannot use it on this machine; try --device cpu"
+        raise ModelError(f"--device {name}: {reason}") from None
+    return device
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bf16 by itself."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return cpu_has_bf16(device)

@@ -1,0 +1,244 @@
+"""How a training step is computed fast: order of the batches, augmentation, the four losses with
+one student pass, kept teacher outputs, fixed buffers and a CUDA graph."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from efficientad import (
+    CHANNELS,
+    EfficientAD,
+    autoencoder_loss,
+    hard_feature_loss,
+    pretraining_penalty,
+    student_autoencoder_loss,
+)
+from support.data import Images, PhotographCrops, list_images
+from support.fast import Graphed
+
+KEPT_BYTES = 2 * 2**30  # on the device, each: decoded training images, teacher outputs for them
+
+# ------------------------------------------------------------------------------ order of batches
+
+
+@lru_cache(maxsize=4)
+def permutation(n: int, *seed: int) -> np.ndarray:
+    """A permutation of 0 … n − 1 that depends on the seed alone."""
+    return np.random.default_rng(seed).permutation(n)
+
+
+def shuffled(images: Sequence, step: int, batch_size: int, *seed: int) -> Tensor:
+    """The batch of step `step` in an endless reshuffled order: each epoch visits every image once.
+    `images` gives an array or tensor for an index; uint8 3×H×W makes N×3×H×W."""
+    batch = []
+    for i in range(step * batch_size, (step + 1) * batch_size):
+        epoch, position = divmod(i, len(images))
+        batch.append(images[int(permutation(len(images), *seed, epoch)[position])])
+    if isinstance(batch[0], Tensor):
+        return torch.stack(batch)
+    return torch.from_numpy(np.stack(batch))  # by numpy: torch would start threads in each thread
+
+
+def in_threads(function: Callable, arguments: range, threads: int = 4) -> Iterator:
+    """function(i) for each i in turn, computed by threads a little before it is wanted."""
+    with ThreadPoolExecutor(threads) as pool:
+        pending = [pool.submit(function, i) for i in arguments[: 2 * threads]]
+        for i in arguments:
+            yield pending.pop(0).result()
+            if i + 2 * threads < arguments.stop:
+                pending.append(pool.submit(function, i + 2 * threads))
+
+
+def batches_of(images: Sequence, steps: range, batch_size: int, *seed: int) -> Iterator[Tensor]:
+    """The batch of each step, see `shuffled`; files are decoded by threads."""
+    in_turn = in_threads if isinstance(images, (Images, PhotographCrops)) else map
+    return in_turn(lambda step: shuffled(images, step, batch_size, *seed), steps)
+
+
+def keep_on_device(images: Images, device: torch.device) -> Images | Tensor:
+    """All images as uint8 N×3×H×W on the device, if they take no more than KEPT_BYTES."""
+    if len(images) * 3 * math.prod(images.size) > KEPT_BYTES:
+        return images
+    decoded = in_threads(lambda i: torch.as_tensor(images[i]), range(len(images)))
+    return torch.stack(list(decoded)).to(device)
+
+
+# ---------------------------------------------------------------------------------- augmentation
+
+
+def luma(images: Tensor) -> Tensor:
+    """float N×3×H×W -> N×1×H×W, ITU-R 601."""
+    r, g, b = images.split(1, 1)
+    return 0.299 * r + 0.587 * g + 0.114 * b
+
+
+def draw(n: int, gray_probability: float = 0.3) -> Tensor:
+    """The random choices of a step for n images, float32 3×N×1×1×1, from torch's CPU generator:
+    whether photo P is gray; factor, uniform in [0.8, 1.2], and kind of the augmentation."""
+    gray = torch.rand(n, 1, 1, 1) < gray_probability
+    factor = torch.empty(n, 1, 1, 1).uniform_(0.8, 1.2)
+    return torch.stack([gray.float(), factor, torch.randint(3, (n, 1, 1, 1)).float()])
+
+
+def augment(images: Tensor, factor: Tensor, kind: Tensor) -> Tensor:
+    """J (section 3.3): brightness (kind 0), contrast (1) or saturation (2) of each image times its
+    factor. Images uint8 N×3×H×W, factor and kind N×1×1×1 -> float N×3×H×W in 0–1."""
+    images = images.float() / 255
+    gray = luma(images)
+    contrast = torch.where(kind == 1, gray.mean((2, 3), keepdim=True), gray)
+    reference = torch.where(kind == 0, 0.0, contrast)
+    return (reference + factor * (images - reference)).clamp(0, 1)
+
+
+def turn_gray(images: Tensor, gray: Tensor) -> Tensor:
+    """P: uint8 N×3×H×W -> float 0–1, gray where `gray`, N×1×1×1, is not 0."""
+    images = images.float() / 255
+    return torch.where(gray != 0, luma(images), images)
+
+
+# ---------------------------------------------------------------------------------------- a step
+
+
+def fast_losses(
+    model: EfficientAD,
+    images: tuple[Tensor, Tensor, Tensor | None],
+    p_hard: float = 0.999,
+    teacher: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """`EfficientAD.losses` of the images (I, J, P) with less work. The student runs once over all
+    three, and its last layer computes only the half that each loss needs. `teacher`: the teacher's
+    output for I, N×384×h×w, if it is known."""
+    i, j, p = images
+    n, x = len(i), torch.cat([model.normalize(i), model.normalize(j)])
+    if teacher is None:
+        teacher, teacher_j = model.teacher_features(x).split(n)
+    else:
+        teacher_j = model.teacher_features(x[n:])
+    autoencoder_j = model.autoencoder(x[n:])
+    if p is not None:
+        x = torch.cat([x, model.normalize(p)])
+    hidden, last = model.student.hidden(x), model.student[-1]
+    student_j = F.conv2d(hidden[n : 2 * n], last.weight[CHANNELS:], last.bias[CHANNELS:])  # S'(J)
+    hidden = torch.cat([hidden[:n], hidden[2 * n :]])
+    student = F.conv2d(hidden, last.weight[:CHANNELS], last.bias[:CHANNELS])  # S(I), S(P)
+    losses = {
+        "hard": hard_feature_loss(teacher, student[:n], p_hard),
+        "autoencoder": autoencoder_loss(teacher_j, autoencoder_j),
+        "student_autoencoder": student_autoencoder_loss(autoencoder_j, student_j),
+    }
+    if p is not None:
+        losses["penalty"] = pretraining_penalty(student[n:])
+    return losses
+
+
+@torch.no_grad()
+def teacher_outputs(model: EfficientAD, batches: Iterable[Tensor], precision: str) -> Tensor:
+    """`teacher_features` of batches of images as a training step computes them, N×h×w×384; those of
+    a bf16 step are kept as fp16."""
+    outputs, dtype = [], torch.float32 if precision == "fp32" else torch.float16
+    for batch in batches:
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            output = model.teacher_features(model.normalize(batch)).permute(0, 2, 3, 1)
+        outputs.append(output.to(dtype).contiguous())
+    return torch.cat(outputs)
+
+
+def outputs_fit(model: EfficientAD, images: int, precision: str) -> bool:
+    """Whether `teacher_outputs` of so many images take no more than KEPT_BYTES."""
+    size = 4 if precision == "fp32" else 2
+    return images * CHANNELS * math.prod(model.map_size) * size <= KEPT_BYTES
+
+
+def make_adam(groups: list[dict], device: torch.device) -> torch.optim.Adam:
+    """Adam with weight decay 1e-5, as in both papers; `groups` have "params" and "lr". On a GPU the
+    rate is a tensor there: a CUDA graph reads it anew every step."""
+    cuda = device.type == "cuda"
+    for group in groups:
+        group["full_lr"] = group["lr"]
+        if cuda:
+            group["lr"] = torch.tensor(group["lr"], device=device)
+    return torch.optim.Adam(groups, weight_decay=1e-5, fused=True, capturable=cuda)
+
+
+def set_rate(optimizer: torch.optim.Adam, factor: float) -> None:
+    """Every group's learning rate: `factor` times what it began with."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(group["full_lr"] * factor)
+        else:
+            group["lr"] = group["full_lr"] * factor
+
+
+class Step:
+    """A training step. Called with a batch (tensors by name, on whatever device, of the same shapes
+    each time) it takes an optimizer step and returns the losses by name, tensors that the next call
+    overwrites. `losses` computes them from the batch on the device. The batch is copied to fixed
+    buffers there, so that all the rest is one CUDA graph on a GPU; nothing waits for it."""
+
+    def __init__(
+        self,
+        losses: Callable[[dict], dict],
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        precision: str,
+    ):
+        self.losses, self.optimizer, self.precision = losses, optimizer, precision
+        self.device, self.buffers = device, {}
+        self.graph = Graphed(self.compute, device)
+
+    def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        for name, x in batch.items():
+            x = x.pin_memory() if self.device.type == "cuda" and not x.is_cuda else x
+            if name not in self.buffers:
+                self.buffers[name] = torch.empty_like(x, device=self.device)
+            self.buffers[name].copy_(x, non_blocking=True)
+        return self.graph()
+
+    def compute(self) -> dict[str, Tensor]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            losses = self.losses(self.buffers)
+        self.optimizer.zero_grad()
+        sum(losses.values()).backward()
+        self.optimizer.step()
+        return {name: loss.detach() for name, loss in losses.items()}
+
+
+@torch.no_grad()
+def calibrate_gaussian(model: EfficientAD, batches: Iterable[Tensor]) -> None:
+    """The ablation's baseline in place of `EfficientAD.calibrate`: mean 0 and variance 1 over all
+    pixels of all maps. It is the same linear map with q_a = μ and q_b = μ + 0.1·σ."""
+    raw, quantiles = [model.eval().raw_maps(x) for x in batches], []
+    for maps in zip(*raw):
+        pixels = torch.cat(maps).double()
+        mean, std = pixels.mean(), pixels.std(correction=0)
+        quantiles.append([mean, mean + 0.1 * std])
+    model.set_quantiles(raw, quantiles)
+
+
+def pretraining_images(
+    folder: str | None, size: tuple[int, int], needed: int, skip_bad: bool
+) -> tuple[Images | PhotographCrops | None, str]:
+    """The images P of the penalty, and what they are, in words. `folder`: of photos; "none" for no
+    penalty; None for crops of the two photographs that scikit-learn ships. `needed`: how many a run
+    takes; decoded photos are kept if it takes them more than once."""
+    if folder == "none":
+        return None, "no pretraining penalty"
+    if folder is None:
+        return PhotographCrops(size), "pretraining images: crops of scikit-learn's two photographs"
+    paths = list_images(folder, recursive=True)
+    cache_bytes = 4 * 2**30 if len(paths) < needed else 0
+    images = Images(paths, size, zoom=2, cache_bytes=cache_bytes, skip_bad=skip_bad)
+    return images, f"{len(images)} pretraining images from {folder}"
+
+
+def prepare_torch(seed: int) -> None:
+    """Seed torch. On a GPU fp32 means fp32, and convolutions choose their fastest algorithm."""
+    torch.manual_seed(seed)
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True

@@ -1,0 +1,170 @@
+"""support/fast.py and support/tiling.py: the same maps, sooner or in less memory; precision."""
+
+import pytest
+import torch
+from conftest import DEMO_SIZE
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import efficientad
+import support.tiling
+from efficientad import EfficientAD, ModelError
+from support.fast import Graphed, cpu_has_bf16, optimize
+from support.tiling import TiledEfficientAD
+
+CPU = torch.device("cpu")
+GPU = torch.cuda.is_available()
+
+
+def rms_ratio(ours: torch.Tensor, plain: torch.Tensor) -> float:
+    return ((ours.cpu() - plain.cpu()).square().mean().sqrt() / plain.cpu().std()).item()
+
+
+@pytest.mark.parametrize(
+    "size, padding, steps", [("small", False, 8), ("small", True, 0), ("medium", True, 0)]
+)
+def test_fast_form_computes_the_same(size, padding, steps, demo_images, trained):
+    """In fp32 but for rounding; in bf16 within 5 % RMS, and scores in the same order wherever they
+    differ by more."""
+    model = trained(steps, size=size, padding=padding)
+    x = demo_images[-7:] if steps else demo_images[-2:]
+    with torch.inference_mode():
+        expected, scores = model(x)
+        plain_maps = model.maps(x[:1])
+    exact = optimize(model, "fp32", batch_sizes=(2,))
+    for batch in (x[:2], x[:1].clone(memory_format=torch.channels_last)):
+        n = len(batch)  # the batch size that it was made for, and another
+        anomaly_map, score = exact(batch)
+        assert anomaly_map.shape == (n, 1, *DEMO_SIZE)
+        assert anomaly_map.dtype == score.dtype == torch.float32
+        assert rms_ratio(anomaly_map, expected[:n]) < 2e-5
+        torch.testing.assert_close(score, scores[:n], rtol=1e-4, atol=1e-5)
+    maps = exact.maps(x[:1])
+    assert all(rms_ratio(maps[name], plain_maps[name]) < 2e-5 for name in plain_maps)
+
+    half = optimize(model, "bf16")
+    with torch.inference_mode():
+        anomaly_map, score = half(x)
+    assert rms_ratio(anomaly_map, expected) < 0.05 and half.threshold == model.threshold
+    differ = (scores[:, None] - scores) > 0.05 * scores.std()
+    assert bool((score[:, None] > score)[differ].all()) and (differ.any() or not steps)
+
+
+def test_fast_form_leaves_the_model_alone_and_refuses_what_it_cannot_do(demo_images, trained):
+    model = trained(0)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    fast = optimize(model)
+    assert fast.precision == ("bf16" if cpu_has_bf16(CPU) else "fp32")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    image = demo_images[:1]
+    fast.train()
+    assert torch.equal(fast(image)[0], fast(image)[0])  # no dropout, whatever the mode
+    with pytest.raises(TypeError, match="uint8"):
+        fast(image.float())
+    with pytest.raises(ValueError, match="N×3×128×128"):
+        fast(image[:, :, :96])
+    for forbidden in (fast.save, fast.losses, fast.calibrate):
+        with pytest.raises(TypeError, match="for inference"):
+            forbidden(image)
+    with pytest.raises(ValueError, match="'int8'"):
+        optimize(model, "int8")
+    model.teacher[0].weight.data *= 1e9
+    with pytest.raises(ModelError, match="beyond fp16"):
+        optimize(model, "fp16")
+
+
+def test_a_capture_that_fails_leaves_ordinary_calls(monkeypatch):
+    """Without a GPU: torch's graph objects are stood in for."""
+
+    class Failing:
+        def __enter__(self):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: Failing())
+    graphed = Graphed(lambda: 7, CPU)
+    graphed.stream = object()
+    with pytest.warns(UserWarning, match="no CUDA graph"):
+        graphed.capture()
+    assert graphed.graph is None and graphed() == 7
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_cuda_graphs_compute_what_eager_calls_do(demo_images, trained):
+    model = trained(4).cuda()
+    fast = optimize(model, batch_sizes=(1, 2))
+    with torch.inference_mode():
+        expected, _ = model(demo_images[:3].cuda())
+    for n in (1, 2, 3, 1):
+        images = demo_images[:n]
+        assert rms_ratio(fast(images)[0], expected[:n]) < 0.01  # fp16, through pinned memory
+        assert torch.equal(fast(images)[0], fast(images.cuda())[0])
+
+
+# ------------------------------------------------------------------------------------ precision
+
+
+def differences(a: EfficientAD, b: EfficientAD, half: bool = False) -> list[float]:
+    """Of losses and raw maps, between devices or (with half) between autocast and float32."""
+    images, results = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8), []
+    for model, enabled in ((a, half), (b, False)):
+        device = model.threshold.device.type
+        x = images.to(device)
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=enabled):
+            values = [*model.losses(x, x, x).values(), *model.raw_maps(x)]
+        results.append([v.float().cpu() for v in values])
+    return [((x - y).norm() / y.norm()).item() for x, y in zip(*results)]
+
+
+def test_half_precision_stays_close(model):
+    assert 0 < max(differences(model, model, half=True)) < 0.02
+
+
+@pytest.mark.skipif(not GPU, reason="compares CPU and GPU: there is no GPU")
+def test_gpu_stays_close(model, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    gpu = EfficientAD(image_size=DEMO_SIZE)
+    gpu.load_state_dict(model.state_dict())
+    gpu = gpu.eval().cuda()
+    assert max(differences(gpu, model)) < 1e-4
+    assert max(differences(gpu, model, half=True)) < 0.02
+    monkeypatch.setattr(efficientad, "KERNELS", False)
+    assert max(differences(gpu, model)) < 1e-4
+
+
+# --------------------------------------------------------------------------------------- memory
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for t in result if isinstance(result, (tuple, list)) else (result,):
+            self.elements = max(self.elements, t.numel() if isinstance(t, torch.Tensor) else 0)
+        return result
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("size", ["small", "medium"])
+def test_strips_have_no_seams(size, padding, monkeypatch):
+    """Large batches are divided, large images computed strip by strip: the same maps from smaller
+    tensors."""
+    plain = EfficientAD(size=size, image_size=(192, 128), padding=padding).eval()
+    model = TiledEfficientAD(**plain.config).eval()
+    model.load_state_dict(plain.state_dict())
+    images = torch.randint(0, 256, (3, 3, 192, 128), dtype=torch.uint8)
+    with torch.no_grad(), Largest() as whole:
+        expected = plain.raw_maps(images)
+    for tile, bound in ((model.activation // 3, 0.3), (2 * model.activation, 0.7)):
+        monkeypatch.setattr(support.tiling, "TILE", tile)
+        with torch.no_grad(), Largest() as parts:
+            found = model.raw_maps(images)
+        assert parts.elements < bound * whole.elements
+        for a, b in zip(found, expected):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert not model.oversized(images)  # with gradient nothing is divided

@@ -1,0 +1,237 @@
+"""train.py, the real script, run tiny."""
+
+import contextlib
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import PHOTO, ROOT, TINY, assert_refused, put
+
+import train
+from efficientad import PDN, EfficientAD, ModelError
+from support.checkpoints import all_finite, load_model, read_checkpoint, write_checkpoint
+from support.runs import LossCheck, write
+from support.training import permutation
+
+
+@pytest.fixture
+def command(tmp_path, teacher):
+    """Trains on three images in part/, into o/."""
+    for i in range(3):
+        put(tmp_path / f"part/train/good/{i}.png", PHOTO.rotate(90 * i))
+    options = ("--data", "part", *TINY, "--teacher", teacher, "--precision", "fp32", "--out", "o")
+    return ("train.py", *options)
+
+
+def states_equal(a, b) -> bool:
+    a, b = (read_checkpoint(path)["state"] for path in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_run_folder_and_log(command, run_script, tmp_path):
+    """Without --out; the same seed gives the same model, another seed another one."""
+    for seed in (5, 5, 6):
+        status, out, err = run_script(*command[:-2], "--steps", 11, "--lr", 1e-5, "--seed", seed)
+        assert status == 0 and "wrote" in out and "expect 50 % false alarms" in out, err
+    names = ["part-small", "part-small-2", "part-small-3"]
+    first, second, third = (tmp_path / "runs" / name for name in names)
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == names
+    assert states_equal(first / "model.pt", second / "model.pt")
+    assert not states_equal(first / "model.pt", third / "model.pt")
+    assert sorted(p.name for p in first.iterdir()) == [".lock", "log.jsonl", "model.pt"]
+    model = load_model(first / "model.pt", EfficientAD)
+    assert model.threshold.isfinite() and (model.quantiles[:, 1] > model.quantiles[:, 0]).all()
+    assert model.training_info["steps"] == 11 and model.training_info["validation_images"] == 1
+    log = [json.loads(line) for line in (first / "log.jsonl").read_text().splitlines()]
+    assert log[0].keys() == {"step", "lr", "hard", "autoencoder", "student_autoencoder"}
+    rates = {entry["step"]: entry["lr"] for entry in log}  # × 0.1 at 95 % of the steps
+    assert rates == {0: 1e-5, 10: pytest.approx(1e-6)}
+
+
+def test_every_option_reaches_the_model(command, run_script, tmp_path):
+    torch.save({k: v.half() for k, v in PDN("medium").state_dict().items()}, tmp_path / "m.pt")
+    options = ("--size", "medium", "--padding", "--map-normalization", "gaussian", "--p-hard", 0)
+    shape = ("--image-size", 128, 160, "--steps", 1, "--batch-size", 2, "--teacher", "m.pt")
+    assert run_script(*command, *options, *shape)[0] == 0
+    model = load_model(tmp_path / "o/model.pt", EfficientAD)
+    assert model.config == {"size": "medium", "image_size": (128, 160), "padding": True}
+    values = {
+        "batch_size": 2,
+        "p_hard": 0,
+        "map_normalization": "gaussian",
+        "image_size": [128, 160],
+    }
+    assert values.items() <= model.training_info.items()
+    for weight, expected in zip(model.teacher.state_dict().values(), torch.load("m.pt").values()):
+        assert torch.equal(weight, expected.float())
+
+
+def test_a_command_for_several_runs_is_answered_with_the_sweeps(command, run_script, tmp_path):
+    put(tmp_path / "many/a/train/good/0.png")
+    for options in (("--seeds", "0,1"), ("--ablation",), ("--data", "many"), ("--seeds=0,1",)):
+        result = run_script(*command, *options)
+        assert_refused(result, "Use: python -m tools.sweep --data part", *options)
+    assert_refused(run_script("train.py", "--model", "simplenet"), "python -m baselines.simplenet")
+
+
+def test_help_fits_a_screen(run_script, monkeypatch):
+    status, out, _ = run_script("train.py", "--help")
+    assert status == 0 and len(out.splitlines()) <= 45 and max(map(len, out.splitlines())) <= 100
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(tiny_demo, teacher, tmp_path):
+    """Ctrl-C at an arbitrary moment, in a process of its own; with photos, so that every random
+    choice is covered."""
+    program = [sys.executable, str(ROOT / "train.py")]
+    options = ["--data", tiny_demo, "--steps", 12, "--image-size", 128, "--device", "cpu"]
+    options = [*map(str, options), "--teacher", teacher]
+    whole = [*program, *options, "--out", "whole"]
+    subprocess.run(whole, cwd=tmp_path, check=True, capture_output=True)
+
+    command = [*program, *options, "--out", "cut"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    log, deadline = tmp_path / "cut/log.jsonl", time.time() + 120
+    while not (log.exists() and log.stat().st_size) and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and "--resume cut" in errors and "Traceback" not in errors
+    step = read_checkpoint(tmp_path / "cut/resume.pt")["step"]
+    assert 0 < step < 12 and not (tmp_path / "cut/model.pt").exists()
+
+    command = [*program, "--resume", "cut"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert states_equal(tmp_path / "whole/model.pt", tmp_path / "cut/model.pt")
+    assert not (tmp_path / "cut/resume.pt").exists()
+
+
+def test_photos_that_change_while_a_run_is_interrupted(command, run_script, tmp_path, interrupt_at):
+    """The junk is the first photo seen, and is seen no more after the interruption."""
+    order = permutation(4, 0, 1, 0).tolist()  # of epoch 0
+    for i in range(4):
+        put(tmp_path / f"photos/{i}.png", b"junk" if i == order[0] else PHOTO)
+    with interrupt_at(3):
+        options = ("--steps", 4, "--pretraining-images", "photos", "--skip-bad-images")
+        assert run_script(*command, *options)[0] == 130
+    assert read_checkpoint(tmp_path / "o/resume.pt")["step"] == 3
+    (tmp_path / "photos/0.png").rename(tmp_path / "photos/9.png")
+    result = run_script("train.py", "--resume", "o")
+    assert_refused(result, "photos: has other images than when the run began; put them back")
+    (tmp_path / "photos/9.png").rename(tmp_path / "photos/0.png")
+    assert run_script("train.py", "--resume", "o")[0] == 0
+    assert f"photos/{order[0]}.png" in (tmp_path / "o/skipped.txt").read_text()
+
+
+def test_resume_from_another_folder_after_the_data_moved(
+    command, run_script, tmp_path, interrupt_at, monkeypatch
+):
+    with interrupt_at(2):
+        assert run_script(*command, "--steps", 3)[0] == 130
+    state = read_checkpoint("o/resume.pt")
+    assert state["options"]["data"] == str(tmp_path / "part")
+    torch.save(state | {"threads": 1}, "o/resume.pt")  # sums depend on the number in the last bits
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "part").rename(tmp_path / "elsewhere/part")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert_refused(run_script("train.py", "--resume", "../o"), "part: no such folder")
+    threads = torch.get_num_threads()
+    status, out, err = run_script("train.py", "--resume", "../o", "--data", "part")
+    assert status == 0 and "python evaluate.py --run ../o" in out, err
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(threads)
+
+
+# --------------------------------------------------------------------------- NaN, and a full disk
+
+
+def test_a_loss_that_is_not_finite_stops_training(command, run_script, tmp_path, monkeypatch):
+    losses_of, calls = train.fast_losses, []
+
+    def spoiled(*args):
+        calls.append(1)
+        nan = {"penalty": torch.tensor(torch.nan, requires_grad=True)}
+        return losses_of(*args) | (nan if len(calls) == 4 else {})
+
+    monkeypatch.setattr("support.training.fast_losses", spoiled)
+    result = run_script(*command, "--steps", 9)
+    assert_refused(result, "o: step 3: the loss is not finite; lower --lr")
+    state = read_checkpoint(tmp_path / "o/resume.pt")
+    assert state["step"] == 0 and not (tmp_path / "o/model.pt").exists()
+    assert all_finite(v for k, v in state["model"].items() if k != "threshold")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    result = run_script(*command[:-1], "p", "--steps", 9, "--lr", 1e30)  # the real thing
+    assert_refused(result, "the loss is not finite")
+    check = LossCheck("here")
+    for loss in (1.0, torch.inf, torch.nan):
+        check.add(torch.tensor(loss))
+    with pytest.raises(ModelError, match="here: step 8: the loss is not finite"):
+        check.look(9)
+    check.look(10)  # nothing new
+
+
+def test_weights_that_are_not_finite_are_never_saved(command, run_script, tmp_path, monkeypatch):
+    step, calls = torch.optim.Adam.step, []
+
+    def spoil(self, *args, **kwargs):
+        calls.append(1)
+        result = step(self, *args, **kwargs)
+        if len(calls) == 2:
+            with torch.no_grad():
+                self.param_groups[0]["params"][0][0] = torch.inf
+        return result
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spoil)
+    result = run_script(*command, "--steps", 9, "--checkpoint-every", 0)
+    assert_refused(result, "o: step 1: it left weights that are not finite")
+    assert read_checkpoint(tmp_path / "o/resume.pt")["step"] == 1
+
+
+@contextlib.contextmanager
+def file_limit(size: int):
+    """No file may grow beyond so many bytes: to the writer like a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_full_disk(command, run, run_script, tmp_path, model):
+    with file_limit(2**20):
+        result = run_script(*command, "--steps", 1)
+        assert_refused(result, "o/resume.pt: cannot be written (File too large)")
+    assert {p.name for p in (tmp_path / "o").iterdir()} == {".lock"}  # no half file
+    assert run_script(*command, "--steps", 1)[0] == 0
+    put(tmp_path / "o/model.pt", b"earlier")
+    with file_limit(2**20), pytest.raises(ModelError, match="what it held before is untouched"):
+        write_checkpoint(model.checkpoint(), tmp_path / "o/model.pt")
+    assert (tmp_path / "o/model.pt").read_bytes() == b"earlier"
+    with pytest.raises(ModelError, match="gone/m.pt: cannot be written .No such file or directory"):
+        write_checkpoint({}, tmp_path / "gone/m.pt")
+    path = tmp_path / "caf\udce9.pt"  # a name that is not UTF-8
+    write_checkpoint({"data": "caf\udce9"}, path)
+    assert read_checkpoint(path) == {"data": "caf\udce9"}
+
+    put(tmp_path / "in/a.png")
+    put(tmp_path / "run/images/scores.csv", b"earlier")
+    with file_limit(2**12):
+        result = run_script("evaluate.py", "--run", run, "--images", "in", "--device", "cpu")
+        assert_refused(result, "File too large", "a.png.png")
+        result = run_script("tools.export", "--run", run, "m.pt2")
+        assert_refused(result, "File too large", "m.pt2")
+    assert (run / "images/scores.csv").read_bytes() == b"earlier"
+    assert not (tmp_path / "m.pt2").exists()
+    assert not [p for p in tmp_path.rglob("*") if ".tmp" in p.name]
+    write(tmp_path / ("long" * 60 + ".txt"), "a name of 244 bytes")
+    write(tmp_path / "whole.txt", "first")
+    with file_limit(2), pytest.raises(OSError, match="whole.txt"):
+        write(tmp_path / "whole.txt", "second")
+    assert (tmp_path / "whole.txt").read_text() == "first"

@@ -1,0 +1,141 @@
+"""support/training.py: order of the batches, augmentation, the step over fixed buffers."""
+
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEMO_SIZE
+from PIL import Image, ImageEnhance
+
+import support.training
+import train
+from efficientad import EfficientAD
+from support.checkpoints import load_model
+from support.training import (
+    Step,
+    augment,
+    draw,
+    in_threads,
+    luma,
+    make_adam,
+    set_rate,
+    shuffled,
+    teacher_outputs,
+    turn_gray,
+)
+
+GPU = torch.cuda.is_available()
+
+
+def test_every_epoch_visits_every_image_once():
+    images = [np.full((3, 1, 1), i, np.uint8) for i in range(5)]
+    order = [int(shuffled(images, step, 1, 0)[0, 0, 0, 0]) for step in range(20)]
+    epochs = [order[i : i + 5] for i in range(0, 20, 5)]
+    assert all(sorted(e) == [0, 1, 2, 3, 4] for e in epochs)
+    assert len(set(map(tuple, epochs))) > 1
+    assert shuffled(images, 1, 2, 0)[:, 0, 0, 0].tolist() == order[2:4]
+
+
+def test_threads_keep_the_order():
+    def slowest_first(i: int) -> int:
+        time.sleep(0.02 if i % 4 == 0 else 0)
+        return i * i
+
+    assert list(in_threads(slowest_first, range(3, 30))) == [i * i for i in range(3, 30)]
+    assert list(in_threads(slowest_first, range(0))) == []
+    with pytest.raises(ZeroDivisionError):
+        list(in_threads(lambda i: 1 // (5 - i), range(9)))
+
+
+@pytest.mark.parametrize("kind, name", [(0, "Brightness"), (1, "Contrast"), (2, "Color")])
+@pytest.mark.parametrize("factor", [0.8, 1.0, 1.2])
+def test_augmentation_is_pillows(kind, name, factor):
+    """Up to Pillow's rounding to integers: of the gray image, of its mean and of the result."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
+    expected = np.asarray(getattr(ImageEnhance, name)(image).enhance(factor), np.float32)
+    images = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())[None]
+    arguments = (torch.full((1, 1, 1, 1), value) for value in (factor, float(kind)))
+    found = 255 * augment(images, *arguments)[0].permute(1, 2, 0).numpy()
+    assert np.abs(found - expected).max() < 1.3
+
+
+def test_what_is_drawn():
+    torch.manual_seed(0)
+    gray, factor, kind = (x.flatten() for x in draw(3000))
+    assert set(gray.tolist()) == {0, 1} and 0.27 < gray.mean() < 0.33
+    assert 0.8 <= factor.min() < 0.81 and 1.19 < factor.max() <= 1.2
+    assert abs(factor.mean() - 1) < 0.01
+    assert kind.unique(return_counts=True)[1].min() > 900 and set(kind.tolist()) == {0, 1, 2}
+    photos = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    turned = turn_gray(photos, torch.tensor([1.0, 0.0]).view(2, 1, 1, 1))
+    assert torch.equal(turned[1], photos[1] / 255)
+    assert torch.equal(turned[0], luma(photos[:1] / 255)[0].expand(3, 4, 4))
+
+
+def test_step_over_buffers_is_the_plain_step(demo_images, trained):
+    """In fp32: buffers that held something else, the teacher's outputs known; against
+    `EfficientAD.losses` and Adam."""
+    model, x, photos = trained(0).eval(), demo_images[:2], demo_images[5:7]
+    plain = EfficientAD(image_size=DEMO_SIZE).eval()  # eval: no dropout, so that both agree
+    plain.load_state_dict(model.state_dict())
+    batch = {"images": x, "photos": photos, "draws": draw(2)}
+    batch["teacher"] = teacher_outputs(model, x[:, None], "fp32")
+    optimizers = []
+    for m in (model, plain):
+        learned = [*m.student.parameters(), *m.autoencoder.parameters()]
+        optimizers.append(make_adam([{"params": learned, "lr": 1e-4}], x.device))
+    losses_of = partial(train.losses_of, model=model, p_hard=0.99)
+    step = Step(losses_of, optimizers[0], x.device, "fp32")
+    step.buffers = {name: torch.full_like(tensor, 7) for name, tensor in batch.items()}
+    losses = step(batch)
+
+    gray, factor, kind = batch["draws"]
+    expected = plain.losses(x, augment(x, factor, kind), turn_gray(photos, gray), 0.99)
+    sum(expected.values()).backward()
+    for name in expected:
+        torch.testing.assert_close(losses[name], expected[name].detach(), rtol=1e-5, atol=0)
+    for a, b in zip(model.student.parameters(), plain.student.parameters()):
+        assert (a.grad - b.grad).norm() <= 1e-4 * b.grad.norm()
+    before = [p.clone() for p in plain.student.parameters()]
+    optimizers[1].step()
+    moved = [(q - p).norm() for p, q in zip(before, plain.student.parameters())]
+    assert min(moved) > 0
+    set_rate(optimizers[0], 0.1)
+    assert optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-5)
+
+
+def test_teacher_outputs_are_kept_if_there_is_room(tiny_demo, teacher, monkeypatch, tmp_path):
+    """The same training with and without room; fp32, where keeping rounds nothing."""
+    options = ["--data", tiny_demo, "--steps", 5, "--precision", "fp32", "--image-size", 128]
+    options += ["--pretraining-images", "none", "--device", "cpu", "--teacher", teacher]
+    states = []
+    for name, room in (("kept", 1 << 30), ("anew", 0)):
+        monkeypatch.setattr(support.training, "KEPT_BYTES", room)
+        folder = train.main([*map(str, options), "--out", str(tmp_path / name)])
+        states.append(load_model(folder / "model.pt", EfficientAD).student.state_dict())
+    for a, b in zip(*(s.values() for s in states)):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_a_captured_step_learns_what_an_eager_one_does(demo_images, trained):
+    """Adam turns gradients at the noise level into whole steps: norms are compared."""
+    norms = []
+    for warm_up in (3, 100):  # a graph from the fourth step on, or never
+        model = trained(0).cuda()
+        start = [p.detach().clone() for p in model.student.parameters()]
+        learned = [*model.student.parameters(), *model.autoencoder.parameters()]
+        optimizer = make_adam([{"params": learned, "lr": 1e-4}], torch.device("cuda"))
+        losses_of = partial(train.losses_of, model=model, p_hard=0.999)
+        step = Step(losses_of, optimizer, torch.device("cuda"), "fp32")
+        step.graph.WARM_UP = warm_up
+        for i in range(8):
+            torch.manual_seed(i)
+            set_rate(optimizer, 1 / (i + 1))
+            batch = {"images": demo_images[i % 5][None], "photos": demo_images[i][None]}
+            losses = step({**batch, "draws": draw(1)})
+        moved = [(q - p).norm() for p, q in zip(start, model.student.parameters())]
+        norms.append(torch.stack([losses["hard"], *moved]))
+    torch.testing.assert_close(*norms, rtol=1e-2, atol=1e-4)
