@@ -1,0 +1,428 @@
+"""Images and data sets: MVTec AD, MVTec LOCO, VisA, folders, the demo set. Knows no model."""
+
+import csv
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageChops, ImageOps, ImageStat, UnidentifiedImageError
+from tqdm import tqdm
+
+from support.demo import make_demo
+
+warnings.filterwarnings("ignore", module=r"PIL\b")  # `_open_image` says what matters
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+Size = tuple[int, int]  # (H, W)
+
+
+class DataError(ValueError):
+    """A file or folder is missing, damaged or unknown. The message names it and the remedy."""
+
+
+def _open_image(path: str | Path) -> Image.Image:
+    """The image in a file, in mode RGB, or I if it has 16 or 32 bits; see `read_image`."""
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow allows twice as many
+                raise Image.DecompressionBombError
+            # Cameras write MPO: a JPEG followed by previews of itself.
+            if getattr(image, "is_animated", False) and image.format != "MPO":
+                raise DataError(f"{path}: holds {image.n_frames} images; save the one to use alone")
+            if image.mode == "F":
+                raise DataError(f"{path}: floating-point image; save it with 8 or 16 bits")
+            image = ImageOps.exif_transpose(image)
+            return image if image.mode.startswith("I") else image.convert("RGB")
+    except DataError:
+        raise
+    except FileNotFoundError:
+        reason = "no such file"
+    except UnidentifiedImageError:
+        reason = "not an image that Pillow can read; remove it or save it again"
+    except Image.DecompressionBombError:
+        reason = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale it down first"
+    except Exception as error:  # decoders of damaged files raise all kinds
+        words = " ".join(str(error).split()) or type(error).__name__
+        reason = f"damaged image ({words}); remove it or save it again"
+        if isinstance(error, OSError) and error.errno:
+            reason = f"cannot be read ({error.strerror})"
+    raise DataError(f"{path}: {reason}")
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Any image file -> RGB image, 8 bit. Gray, palette, CMYK and 1-bit files are converted, alpha
+    is dropped, 16-bit gray is scaled by 255/65535, and EXIF orientation is applied. Raises
+    DataError if the file cannot be read or holds several images."""
+    image = _open_image(path)
+    if image.mode == "RGB":
+        return image
+    values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)  # convert would clip at 255
+    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+
+
+def to_array(image: Image.Image, size: Size) -> np.ndarray:
+    """RGB image -> uint8 3×H×W of the given size, resized bilinearly with antialiasing."""
+    height, width = size
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
+    """The image files of a folder, sorted by path, without hidden files and folders. Links are
+    followed; a folder is entered once. A link that leads nowhere is listed: reading it says so.
+    Raises DataError if there is no such folder, if one cannot be read, or without an image."""
+    folder, paths, entered = Path(folder), [], set()
+    if not folder.is_dir():
+        reason = "is a file, not a folder" if folder.is_file() else "no such folder"
+        raise DataError(f"{folder}: {reason}")
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})")
+
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if os.path.realpath(place) in entered:  # links may lead around in circles
+            folders.clear()
+            continue
+        entered.add(os.path.realpath(place))
+        folders[:] = sorted(name for name in folders if name[0] != ".") if recursive else []
+        for path in (os.path.join(place, name) for name in names if name[0] != "."):
+            usable = os.path.isfile(path) or not os.path.exists(path)  # not a pipe
+            if usable and os.path.splitext(path)[1].lower() in SUFFIXES:
+                paths.append(Path(path))
+    if not paths:
+        raise DataError(f"{folder}: no images ({', '.join(sorted(SUFFIXES))}) in it")
+    return sorted(paths)
+
+
+class Images:
+    """The images of `paths` by index, as uint8 arrays 3×H×W of one size. They are decoded on first
+    use and kept while they fit into `cache_bytes`. With `zoom` 2 each is resized to 2H×2W and its
+    centre is cut out, as the pretraining images are. One that cannot be read raises DataError; with
+    `skip_bad` the next one takes its place. `appearances` of those decoded so far, and `errors` of
+    those that cannot be read, are by index too."""
+
+    def __init__(self, paths: list[Path], size: Size, zoom=1, cache_bytes=2**32, skip_bad=False):
+        self.paths, self.size, self.zoom = list(paths), size, zoom
+        self.cache_bytes, self.skip_bad = cache_bytes, skip_bad
+        self.kept, self.appearances, self.errors = {}, {}, {}
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.decode(index)
+
+    def decode(self, index: int) -> np.ndarray:
+        for i in (k % len(self) for k in range(index, index + len(self))):
+            if i in self.kept:
+                return self.kept[i]
+            try:
+                return self._keep(i, read_image(self.paths[i]))
+            except DataError as error:
+                self.errors[i] = str(error)
+            if not self.skip_bad:
+                raise DataError(f"{self.errors[i]}; or leave such files out with --skip-bad-images")
+        raise DataError(f"none of {len(self)} images can be read; the last: {self.errors[i]}")
+
+    def _keep(self, index: int, image: Image.Image) -> np.ndarray:
+        if index not in self.appearances:
+            self.appearances[index] = appearance_of(image)
+        (height, width), zoom = self.size, self.zoom
+        array = to_array(image, (height * zoom, width * zoom))
+        top, left = (height * zoom - height) // 2, (width * zoom - width) // 2
+        array = np.ascontiguousarray(array[:, top : top + height, left : left + width])
+        if (len(self.kept) + 1) * array.nbytes <= self.cache_bytes:
+            self.kept[index] = array
+        return array
+
+    def check(self, indices: Iterable[int]) -> None:
+        """Decode all images once (`indices`: all of them, for example behind a progress bar). With
+        `skip_bad` the bad ones are taken out. Raises DataError for one, or if none can be read."""
+        for i in indices:
+            self.decode(i)
+        good = [i for i in range(len(self)) if i not in self.errors]
+        self.paths = [self.paths[i] for i in good]
+        self.kept = {n: self.kept[i] for n, i in enumerate(good) if i in self.kept}
+        self.appearances = {n: self.appearances[i] for n, i in enumerate(good)}
+
+
+class PhotographCrops:
+    """Stand-in for a folder of pretraining images: `count` square crops of the two photographs that
+    scikit-learn ships, each a function of its index, as uint8 arrays 3×H×W."""
+
+    def __init__(self, size: Size, count: int = 1000):
+        from sklearn.datasets import load_sample_images  # imported here: it takes a second
+
+        self.photographs = [Image.fromarray(array) for array in load_sample_images().images]
+        self.size, self.count = size, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        rng, image = np.random.default_rng(index), self.photographs[index % len(self.photographs)]
+        side = rng.uniform(0.3, 1) * min(image.size)
+        x, y = rng.uniform(0, image.width - side), rng.uniform(0, image.height - side)
+        box = (x, y, x + side, y + side)
+        return to_array(image.resize(self.size[::-1], Image.Resampling.BILINEAR, box), self.size)
+
+
+class Appearance(NamedTuple):
+    """What is compared of an image with the training images."""
+
+    width: int
+    height: int
+    gray: bool  # all channels are equal, whatever the file's mode is
+    brightness: float  # mean luma, 0 to 255
+
+
+def appearance_of(image: Image.Image) -> Appearance:
+    """RGB image -> its appearance."""
+    red, *others = image.split()
+    gray = not any(ImageChops.difference(red, other).getbbox() for other in others)
+    return Appearance(*image.size, gray, ImageStat.Stat(image.convert("L")).mean[0])
+
+
+def appearance_range(appearances: list[Appearance]) -> dict:
+    """Appearances of the training images -> their range, to be kept with the model: {"width",
+    "height", "aspect", "brightness": [least, greatest], "gray": share of gray images}. Raises
+    ValueError without an image."""
+    widths, heights, gray, brightness = zip(*appearances)
+    aspects = [width / height for width, height in zip(widths, heights)]
+    values = {"width": widths, "height": heights, "aspect": aspects, "brightness": brightness}
+    return {k: [min(v), max(v)] for k, v in values.items()} | {"gray": sum(gray) / len(gray)}
+
+
+def differences(appearance: Appearance, training_range: dict) -> list[str]:
+    """How an image differs from the training images, in words: size or aspect outside their range;
+    gray among coloured ones, or coloured among gray ones; darker or brighter than all by more than
+    a quarter of their range and by more than 5 of 255. (By chance a new image lies a little outside
+    the range of n others, with probability 2/(n + 1).) Empty if it does not differ."""
+    width, height, gray, brightness = appearance
+    found, (least, greatest) = [], training_range["brightness"]
+    sizes = {"width": width, "height": height, "aspect": width / height}.items()
+    if not all(training_range[k][0] <= value <= training_range[k][1] for k, value in sizes):
+        found.append(f"size {width}×{height}")
+    if training_range["gray"] == (0 if gray else 1):
+        found.append("gray" if gray else "coloured")
+    margin = max(5, (greatest - least) / 4)
+    if not least - margin <= brightness <= greatest + margin:
+        found.append(f"{'darker' if brightness < least else 'brighter'}: {brightness:.0f}")
+    return found
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A test image: its file, its defect type ("good", or the name of its folder) and its masks."""
+
+    path: Path
+    defect: str = "good"
+    masks: tuple[Path, ...] = ()
+
+    def mask(self, size: Size) -> np.ndarray:
+        """Union of the defect's masks, bool H×W of the image's own size. Raises DataError if a mask
+        has another size, is empty or cannot be read."""
+        return np.any([np.zeros(size, bool), *(mask > 0 for mask in self.mask_values(size))], 0)
+
+    def mask_values(self, size: Size) -> list[np.ndarray]:
+        """The defect's masks as they are stored, integer H×W each; see `mask`."""
+        pixels = [np.asarray(_open_image(file)) for file in self.masks]
+        masks = [mask.max(-1) if mask.ndim == 3 else mask for mask in pixels]
+        for file, mask in zip(self.masks, masks):
+            if not mask.any():
+                raise DataError(f"{file}: the mask of a defect is empty; mend it or drop the image")
+            if mask.shape != size:
+                shapes = "mask of {1}×{0} for an image of {3}×{2}".format(*mask.shape, *size)
+                raise DataError(f"{file}: {shapes}")
+        return masks
+
+
+@dataclass(frozen=True)
+class Category:
+    """A data set: normal training images, normal validation images (None: held out of the training
+    images, see `split`), test images. `layout` is "mvtec", "loco", "visa" or "folder" (any folder
+    of normal images; it has no test images)."""
+
+    name: str
+    layout: str
+    root: Path
+    train: list[Path]
+    validation: list[Path] | None = None
+    test: list[Sample] = field(default_factory=list)
+
+    def __post_init__(self):
+        known = {}
+        for sample in self.test:  # their masks and results have these names, without the ending
+            other = known.setdefault((sample.defect, sample.path.stem), sample)
+            if other is not sample:
+                raise DataError(f"{sample.path}: has the name of {other.path}; rename one of them")
+
+    def split(self, seed: int) -> tuple[list[Path], list[Path]]:
+        """(training, validation) images: the set's own, else 10 % of the training images, drawn by
+        `seed`, are held out. Raises DataError if there are fewer than two."""
+        if self.validation is not None:
+            return self.train, self.validation
+        n = len(self.train)
+        if n < 2:
+            raise DataError(f"{self.root}: only {n} normal image; training needs at least 2")
+        order = np.random.default_rng(seed).permutation(n)
+        held_out = set(order[: max(1, round(0.1 * n))].tolist())
+        training = [path for i, path in enumerate(self.train) if i not in held_out]
+        return training, [self.train[i] for i in sorted(held_out)]
+
+    def regions(self, sample: Sample, size: Size) -> list[tuple[np.ndarray, float]]:
+        """MVTec LOCO's defect regions of an image: (mask bool H×W, saturation area in pixels), one
+        for each mask file. Its pixel value names the defect in defects_config.json. Raises
+        DataError if that file is missing, damaged or lacks the defect."""
+        path = self.root / "defects_config.json"
+        try:
+            entries = json.loads(path.read_bytes())
+            keys = ("saturation_threshold", "relative_saturation")
+            config = {int(e["pixel_value"]): tuple(float(e[key]) for key in keys) for e in entries}
+        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            origin = "it comes with MVTec LOCO and names the defects"
+            raise DataError(f"{path}: missing or damaged; {origin}") from None
+        regions = []
+        for file, values in zip(sample.masks, sample.mask_values(size)):
+            value, area = int(values.max()), int((values > 0).sum())
+            if value not in config:
+                raise DataError(f"{file}: pixel value {value} is not in {path}")
+            threshold, relative = config[value]
+            saturation = threshold * area if relative else min(threshold, area)
+            if not 1 <= saturation <= area:  # NaN neither
+                impossible = f"saturation threshold {threshold:g} is impossible"
+                raise DataError(f"{path}: {impossible} for {file} with {area} pixels")
+            regions.append((values > 0, int(saturation) if relative else saturation))
+        return regions
+
+
+def is_demo(data: str | Path) -> bool:
+    """Only the word "demo" means the built-in set; "./demo", "demo/" and Path("demo") do not."""
+    return data == "demo"
+
+
+def open_category(data: str | Path) -> Category:
+    """Recognize a data set by its layout: MVTec AD (train/good, test/…, ground_truth/…), MVTec LOCO
+    (defects_config.json too), VisA (as downloaded, or in MVTec layout), or a folder of normal
+    images. "demo" is the built-in set, drawn into datasets/demo when it is not there. Raises
+    DataError for anything else."""
+    root = Path("datasets/demo" if is_demo(data) else data)
+    if is_demo(data) and not root.exists():
+        try:
+            make_demo(root)
+        except OSError:  # another process has drawn it meanwhile
+            if not root.is_dir():
+                raise
+    if not root.is_dir():
+        choice = "a category's folder, a folder of normal images, or 'demo'"
+        raise DataError(f"{root}: no such folder; --data takes {choice}")
+    place = root.resolve()
+    if (root / "Data/Images/Normal").is_dir():
+        return _open_visa(root, place.name)
+    if (root / "train").is_dir():
+        own, loco = root / "validation/good", (root / "defects_config.json").exists()
+        validation = list_images(own) if own.is_dir() else None
+        train, test = list_images(root / "train/good"), _mvtec_test(root, loco)
+        return Category(place.name, "loco" if loco else "mvtec", root, train, validation, test)
+    categories = ", ".join(map(str, list_categories(root)))
+    if categories:
+        raise DataError(f"{root}: holds several categories; choose one: {categories}")
+    parts, paths = {"test", "ground_truth"}, list_images(root, recursive=True)
+    inside = any(p.name in parts and (p.parent / "train").is_dir() for p in (place, place.parent))
+    for path in paths:  # defects and masks must not pass for normal images
+        folders = path.relative_to(root).parts[:-1]
+        if inside or {"train", *parts} & set(folders) or "good" in folders[:1]:
+            remedy = "--data takes a category's folder, which holds train/good"
+            raise DataError(f"{path}: lies in a part of a data set; {remedy}")
+    return Category(place.name, "folder", root, paths)
+
+
+def list_categories(data: str | Path) -> list[Path]:
+    """The category folders in a collection's folder (such as MVTec AD's), sorted; empty for
+    anything else, such as a single category."""
+
+    def is_category(folder: Path) -> bool:
+        return (folder / "train").is_dir() or (folder / "Data/Images/Normal").is_dir()
+
+    if is_demo(data) or not Path(data).is_dir() or is_category(Path(data)):
+        return []
+    return sorted(d for d in Path(data).iterdir() if d.name[0] != "." and is_category(d))
+
+
+def _mvtec_test(root: Path, loco: bool) -> list[Sample]:
+    """Test images of an MVTec layout. A mask is ground_truth/<type>/<name>_mask.png (MVTec AD),
+    …/<name>.png (VisA), or every file in the folder …/<name> (LOCO)."""
+    samples, truth = [], root / "ground_truth"
+    folders = (root / "test").iterdir() if (root / "test").is_dir() else []
+    for folder in sorted(d for d in folders if d.is_dir() and d.name[0] != "."):
+        if folder.name == "overall":
+            raise DataError(f"{folder}: the figures of all types have this name; rename the folder")
+        for path in list_images(folder):
+            stem = truth / folder.name / path.stem
+            masks = [m for m in (Path(f"{stem}_mask.png"), Path(f"{stem}.png")) if m.exists()]
+            if loco:
+                masks = list_images(stem) if stem.is_dir() else []
+            if folder.name == "good":
+                for mask in masks:
+                    if np.asarray(_open_image(mask)).any():
+                        where = "marks a defect in an image of test/good"
+                        raise DataError(f"{mask}: {where}; move the image or remove the mask")
+                masks = []
+            elif truth.is_dir() and not masks:  # without any masks there are no pixel metrics
+                raise DataError(f"{path}: its mask {stem}{'' if loco else '_mask.png'} is missing")
+            samples.append(Sample(path, folder.name, tuple(masks)))
+    return samples
+
+
+def _open_visa(root: Path, name: str) -> Category:
+    """VisA as downloaded: <VisA>/<category>/Data/…, split by <VisA>/split_csv/1cls.csv."""
+    visa = root.resolve().parent
+    table, train, test = visa / "split_csv/1cls.csv", [], []
+    try:
+        with open(table, newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row["object"] == name]
+        for row in rows:
+            masks = (visa / row["mask"],) if row["mask"] else ()
+            defect = "good" if row["label"] == "normal" else "bad"
+            sample = Sample(visa / row["image"], defect, masks)
+            (train if row["split"] == "train" else test).append(sample)
+    except (OSError, KeyError, TypeError, ValueError, csv.Error):
+        origin = "it comes with VisA and has the columns object, split, label, image and mask"
+        raise DataError(f"{table}: missing or damaged; {origin}") from None
+    if not train:
+        raise DataError(f"{table}: has no training images of '{name}'")
+    test.sort(key=lambda sample: (sample.defect, sample.path))
+    return Category(name, "visa", root, sorted({sample.path for sample in train}), None, test)
+
+
+@dataclass
+class NormalImages:
+    """The normal images of a category, decoded; see `load_normal_images`."""
+
+    category: Category
+    training: Images
+    validation: Images
+    skipped: list[str]  # why images were left out: training images first
+    appearance: dict  # `appearance_range` of all
+
+
+def load_normal_images(data: str, size: Size, seed: int, skip_bad: bool) -> NormalImages:
+    """Open a category, split its normal images by `seed` and decode every one, so that a damaged
+    one is found before hours of work. With `skip_bad` it is left out and named on stderr instead.
+    Raises DataError as `open_category`, `Category.split` and `Images.check` do."""
+    category = open_category(data)
+    parts = category.split(seed)
+    training, validation = (Images(paths, size, skip_bad=skip_bad) for paths in parts)
+    for images in (training, validation):
+        images.check(tqdm(range(len(images)), "decoding", unit="image"))
+    skipped = [*training.errors.values(), *validation.errors.values()]
+    for error in skipped:
+        print(f"skipped: {error}", file=sys.stderr)
+    appearances = [*training.appearances.values(), *validation.appearances.values()]
+    return NormalImages(category, training, validation, skipped, appearance_range(appearances))
