@@ -1,0 +1,178 @@
+"""What tools.benchmark times against each other: ours, plain torch and other runtimes."""
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+import efficientad
+import kernels
+from efficientad import EfficientAD
+from kernels.conv_relu_pool import reference as conv_relu_pool_reference
+from kernels.distance_map import combined_map_reference, distance_map_reference
+from support.fast import cpu_has_bf16, optimize
+from support.training import Step, augment, draw, make_adam, teacher_outputs, turn_gray
+from train import losses_of
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Within it, or in a function that it decorates, no Triton kernel runs."""
+    before, efficientad.KERNELS = efficientad.KERNELS, False
+    try:
+        yield
+    finally:
+        efficientad.KERNELS = before
+
+
+def fast_form(model: nn.Module, batch_size: int = 1) -> nn.Module:
+    """EfficientAD's or SimpleNet's."""
+    make = optimize if isinstance(model, EfficientAD) else type(model).optimize
+    return make(model, batch_sizes=(batch_size,))
+
+
+def in_half(model: nn.Module) -> nn.Module:
+    """A copy whose networks have half-precision weights and input, as one usually does it."""
+    model = copy.deepcopy(model)
+    dtype = torch.float16 if model.threshold.is_cuda else torch.bfloat16
+    for network in model.children():
+        network.to(dtype).register_forward_pre_hook(lambda _, xs: tuple(x.to(dtype) for x in xs))
+    return model
+
+
+# ------------------------------------------------------------------------------------- inference
+# Each takes a model, fp32 on its device, and images, uint8 N×3×H×W on the CPU. It returns a
+# function: images -> anomaly map N×1×H×W on the CPU.
+
+
+def eager(model: nn.Module, images: Tensor) -> Callable:
+    return without_kernels()(lambda x: model(x.to(model.threshold.device))[0].cpu())
+
+
+def compiled(model: nn.Module, images: Tensor) -> Callable:
+    model = in_half(model).to(memory_format=torch.channels_last)
+    return eager(torch.compile(model, mode="max-autotune"), images)
+
+
+def onnx_runtime(model: nn.Module, images: Tensor) -> Callable:
+    import onnxruntime
+
+    provider = "CUDAExecutionProvider" if model.threshold.is_cuda else "CPUExecutionProvider"
+    if provider not in onnxruntime.get_available_providers():
+        raise ImportError(f"this onnxruntime has no {provider}")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/model.onnx"
+        torch.onnx.export(model, (images.to(model.threshold.device),), path, verbose=False)
+        session = onnxruntime.InferenceSession(path, options, providers=[provider])
+    name = session.get_inputs()[0].name
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+
+def openvino(model: nn.Module, images: Tensor) -> Callable:
+    import openvino
+
+    if model.threshold.is_cuda:
+        raise ImportError("OpenVINO runs on CPUs")
+    precision = "bf16" if cpu_has_bf16(images.device) else "f32"
+    hints = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+    hints["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
+    network = openvino.convert_model(model, example_input=images)
+    network = openvino.compile_model(network, "CPU", hints)
+    return lambda x: torch.from_numpy(network(x.numpy())[0].copy())
+
+
+def ours(model: nn.Module, images: Tensor) -> Callable:
+    fast = fast_form(model, len(images))
+    return lambda x: fast(x)[0].cpu()
+
+
+# A row's ceiling, measured in the same run; half precision where the device has it.
+FP32, HALF = "matrix product in fp32, TFLOP/s", "matrix product in half precision, TFLOP/s"
+ROWS = {
+    "eager fp32": (eager, FP32),
+    "eager half": (lambda model, images: eager(in_half(model), images), HALF),
+    "torch.compile max-autotune, half": (compiled, HALF),
+    "ONNX Runtime fp32": (onnx_runtime, FP32),
+    "OpenVINO half": (openvino, HALF),
+    "ours": (ours, HALF),
+}
+
+# -------------------------------------------------------------------------------------- training
+# Each takes a model that it may train, the precision, images and photos, uint8 1×3×H×W on the CPU.
+# It returns a function that takes a step and waits for a loss.
+
+
+def plain_step(model: EfficientAD, precision: str, images: Tensor, photos: Tensor) -> Callable:
+    """The paper's losses and torch's Adam, eager."""
+    device, learned = model.threshold.device, [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(learned, lr=1e-4, weight_decay=1e-5)
+
+    @without_kernels()
+    def step() -> None:
+        gray, factor, kind = draw(1).to(device)
+        i, p = images.to(device), turn_gray(photos.to(device), gray)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = sum(model.losses(i, augment(i, factor, kind), p).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+    return step
+
+
+def our_step(model: EfficientAD, precision: str, images: Tensor, photos: Tensor) -> Callable:
+    """train.py's, with the training images and the teacher's outputs for them on the device."""
+    device, learned = model.threshold.device, [p for p in model.parameters() if p.requires_grad]
+    images, model = images.to(device), model.to(memory_format=torch.channels_last)
+    teacher = teacher_outputs(model, [images], precision)
+    optimizer = make_adam([{"params": learned, "lr": 1e-4}], device)
+    take_step = Step(partial(losses_of, model=model, p_hard=0.999), optimizer, device, precision)
+    batch = {"images": images, "photos": photos, "teacher": teacher}
+    return lambda: take_step({**batch, "draws": draw(1)})["hard"].item()
+
+
+# --------------------------------------------------------------------------------------- kernels
+
+
+def sort_quantile(x: Tensor, q: float) -> Tensor:
+    """By sorting: torch.quantile takes 2²⁴ elements at most."""
+    x, position = x.flatten().sort().values, q * (x.numel() - 1)
+    return torch.lerp(x[int(position)], x[int(position) + 1], position % 1)
+
+
+def plain_hard_loss(teacher: Tensor, student: Tensor, p_hard: float) -> Tensor:
+    d = (teacher - student).square()
+    hard = d >= sort_quantile(d.detach(), p_hard)
+    return (d * hard).sum() / hard.sum()
+
+
+def kernel_cases(batch: int, side: int, device: torch.device) -> Iterator[tuple]:
+    """(name, kernel, the same in plain torch, their arguments) at the sizes of EfficientAD-S and -M
+    for images of `side`²; features are channels last."""
+
+    def random(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+        x = torch.randn(shape, dtype=dtype, device=device)
+        return x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+    for size, width in (("S", 128), ("M", 256)):
+        for stage, c, o, s in ((1, 3, width, side), (2, width, 2 * width, (side - 3) // 2)):
+            arguments = random(batch, c, s, s), random(o, c, 4, 4), random(o), 0, 0
+            name = f"conv_relu_pool {size} stage {stage}"
+            yield name, kernels.conv_relu_pool, conv_relu_pool_reference, arguments
+    h, quantiles = side // 4 - 8, torch.tensor([[1.0, 2.0], [1.0, 2.0]], device=device)
+    teacher, student, autoencoder = (random(batch, c, h, h) for c in (384, 768, 384))
+    arguments = teacher, student[:, :384]
+    yield "distance_map", kernels.distance_map, distance_map_reference, arguments
+    arguments = teacher, student, autoencoder, quantiles
+    yield "combined_map", kernels.combined_map, combined_map_reference, arguments
+    teacher, student = (random(batch, 384, h, h, dtype=torch.float32) for _ in range(2))
+    yield "quantile", kernels.quantile, sort_quantile, (teacher, 0.999)
+    arguments = teacher, student.requires_grad_(), 0.999
+    yield "hard loss + gradient", kernels.hard_feature_loss, plain_hard_loss, arguments
