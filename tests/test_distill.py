@@ -1,0 +1,189 @@
+"""tools/distill.py: the teacher, its views, resuming, refusals, several processes, kill -9."""
+
+import json
+import math
+import multiprocessing
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, assert_refused, put
+from PIL import Image
+
+from support.backbone import ResNet
+from support.checkpoints import read_checkpoint
+from support.data import list_images
+from tools import distill
+from tools.distill import Options, Views
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """42 blurred photos and a backbone; the options of a small distillation of them."""
+    torch.save(ResNet("resnet18").state_dict(), tmp_path / "resnet18.pth")
+    for i in range(42):
+        pixels = np.random.default_rng(i).integers(0, 256, (6, 8, 3), np.uint8)
+        image = Image.fromarray(pixels).resize((80, 60), Image.Resampling.BICUBIC)
+        put(tmp_path / f"photos/{i:02}.png", image)
+    sources = ("--images", tmp_path / "photos", "--backbone-weights", tmp_path / "resnet18.pth")
+    sizes = ("--image-size", 32, "--steps", 8, "--batch-size", 2, "--statistics-images", 6)
+    how = ("--lr", 1e-3, "--precision", "fp32", "--device", "cpu")
+    return (*sources, "--backbone", "resnet18", *sizes, *how)
+
+
+def log_of(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def same(*paths) -> bool:
+    """Whether two teacher files hold the same weights."""
+    a, b = map(read_checkpoint, paths)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_teacher(photos, run_script, tmp_path, tiny_demo):
+    more = ("--statistics-images", 99, "--steps", 40, "--schedule", "cosine", "--out", "teacher.pt")
+    status, out, err = run_script("tools.distill", *photos, *more)
+    assert status == 0 and "wrote teacher.pt" in out and "20/20" in err, err  # 2 of 42 held out
+    state = read_checkpoint(tmp_path / "teacher.pt")
+    assert all(tensor.dtype == torch.float16 for tensor in state.values())
+    first, middle, last, result = log_of(tmp_path / "teacher.jsonl")
+    assert first["loss"] == pytest.approx(1, abs=0.3)  # an untrained network, targets of variance 1
+    assert last["loss"] < 0.8 and 0.1 < result["held_out_loss"] < 0.8
+    cosine = [5e-4, *(5e-4 * (1 + math.cos(math.pi * step / 38)) for step in (18, 37))]
+    assert [entry["lr"] for entry in (first, middle, last)] == pytest.approx(cosine)
+    assert_refused(run_script("tools.distill", *photos, *more), "teacher.pt: exists")
+    command = ("train.py", "--data", tiny_demo, "--steps", 1, *TINY, "--teacher", "teacher.pt")
+    assert run_script(*command)[0] == 0
+
+
+@pytest.mark.parametrize("more", [(), ("--crops", 0.2, 0.9, "--precision", "bf16")])
+def test_resumed_equals_uninterrupted(more, photos, run_script, tmp_path, interrupt_at):
+    command = ("tools.distill", *photos, *more)
+    assert run_script(*command, "--out", "whole.pt", "--checkpoint-every", 3)[0] == 0
+    resume = (*command, "--out", "cut.pt", "--resume")
+    with interrupt_at(5):
+        status, _, err = run_script(*resume)
+    assert status == 130 and "nothing saved yet" in err and "after 5 steps; go on with" in err
+    assert not (tmp_path / "cut.pt").exists()
+    assert_refused(run_script(*resume, "--seed", 1), "cut.pt.resume: made with other options")
+    put(tmp_path / "photos/new.png")
+    assert_refused(run_script(*resume), "photos: other photos than when the run began; put them")
+    (tmp_path / "photos/new.png").rename(tmp_path / "cut.pt.tmp1")  # as a killed process leaves it
+    assert run_script(*resume)[0] == 0
+    assert same(tmp_path / "whole.pt", tmp_path / "cut.pt")
+    assert not list(tmp_path.glob("cut.pt.*"))
+
+
+def test_refusals(photos, run_script, tmp_path):
+    for name in ("bad/a.png", "mine", "cut.pt.resume"):
+        put(tmp_path / name, b"junk")
+    refusals = {
+        "none.pth: no such file": ("--backbone-weights", "none.pth"),
+        "not the weights of resnet34": ("--backbone", "resnet34"),
+        "nowhere: no such folder": ("--images", "nowhere"),
+        "bad/a.png: not an image": ("--images", "bad"),
+        "0 < MIN <= MAX <= 1": ("--crops", 0.5, 0.2),
+        "--lr > 0": ("--lr", "inf"),
+        "--seed >= 0 and < 2**32": ("--seed", 2**32),
+        "multiple of 32": ("--image-size", 100),
+        "at least 1": ("--steps", 0),
+        "'mine'": ("--out", "mine/teacher.pt"),
+        "cut.pt.resume: not a readable checkpoint": ("--out", "cut.pt", "--resume"),
+    }
+    for words, options in refusals.items():
+        assert_refused(run_script("tools.distill", *photos, "--out", "o/t.pt", *options), words)
+    assert_refused(run_script("tools.distill"), "required: --images, --backbone-weights")
+
+
+def test_a_loss_that_is_not_finite(photos, run_script, tmp_path):
+    command = ("tools.distill", *photos, "--out", "t.pt", "--lr", 1e30)
+    assert_refused(run_script(*command), "t.pt: step", "the loss is not finite; lower --lr")
+    state = read_checkpoint(tmp_path / "t.pt.resume")
+    assert state["step"] == 0 and all(tensor.isfinite().all() for tensor in state["pdn"].values())
+
+
+def views_of(folder, **options) -> Views:
+    options = {"batch_size": 4, "image_size": 32, "device": "cpu", **options}
+    return Views(list_images(folder)[:6], Options([str(folder)], "x", **options))
+
+
+def test_views(photos, tmp_path):
+    """A view is a function of its index, whatever thread makes it, whatever is kept."""
+    kept, read = (views_of(tmp_path / "photos", crops=[0.2, 0.9], cache_gib=g) for g in (8.0, 0.0))
+    in_turn = [kept[i] for i in range(12)]
+    assert len(kept.decoded) == 6 and not read.decoded
+    batches = list(read.batches(range(12), "views", slice(1, None, 2)))
+    assert [len(small) for small, _ in batches] == [2, 2, 2]  # every second one of each 4
+    by_threads = [view for batch in batches for view in zip(*batch)]
+    for (small, large), view in zip(by_threads, in_turn[1::2], strict=True):
+        assert np.array_equal(small, view[0]) and np.array_equal(large, view[1])
+        half = large.double().unflatten(1, (32, 2)).unflatten(3, (32, 2)).mean((2, 4))
+        assert small.dtype == torch.uint8 and (half - small).abs().mean() < 8  # the same part
+
+
+def test_epochs(photos, tmp_path):
+    """Each photo once an epoch, one time in ten in gray. Half of the crops are flipped."""
+    whole = views_of(tmp_path / "photos")
+    views = [whole[i][0] for i in range(300)]
+    distinct = [{view.tobytes() for view in views[i : i + 6]} for i in range(0, 300, 6)]
+    assert all(len(epoch) == 6 for epoch in distinct) and len(set.union(*distinct)) == 12
+    assert 0.05 < np.mean([(view[0] == view[2]).all() for view in views]) < 0.15
+    ramp = np.broadcast_to(np.arange(80, dtype=np.uint8)[:, None], (60, 80, 3))
+    put(tmp_path / "ramp/a.png", Image.fromarray(ramp))
+    crops = views_of(tmp_path / "ramp", crops=[0.2, 0.9])
+    rises = [np.diff(crops[i][0][0, 0].astype(int)).sum() for i in range(300)]
+    assert 0.4 < np.mean(np.array(rises) < 0) < 0.6
+
+
+def test_two_processes_learn_what_one_does(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    options = [*map(str, photos), "--steps", "3", "--batch-size", "4"]
+    distill.main([*options, "--out", "one.pt"])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, "--nproc-per-node", "2", "-m", "tools.distill", *options]
+    result = subprocess.run([*command, "--out", "two.pt"], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.count("wrote two.pt") == 1, result.stderr
+    one, two = (read_checkpoint(f"{name}.pt") for name in ("one", "two"))
+    one, two = (torch.cat([w.flatten().float() for w in state.values()]) for state in (one, two))
+    assert (one - two).norm() < 2e-3 * one.norm()
+    logs = [log_of(Path(f"{name}.jsonl")) for name in ("one", "two")]
+    numbers = [[entry.get("loss", entry.get("held_out_loss")) for entry in log] for log in logs]
+    assert len(numbers[0]) == 3 and numbers[0] == pytest.approx(numbers[1], rel=1e-3)
+
+
+def test_survives_kill_9(photos, tmp_path, monkeypatch):
+    """At random moments, six times. Each run is a fork of a process that has imported torch."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tools.distill"])
+    options = (*photos, "--steps", 4, "--checkpoint-every", 1, "--resume", "--out")
+    whole, cut = tmp_path / "out/whole.pt", tmp_path / "out/cut.pt"
+
+    def run(path: Path, kill_after: float | None = None) -> int:
+        process = context.Process(target=distill.main, args=([*map(str, options), str(path)],))
+        process.start()
+        process.join(kill_after)
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -9)
+        return process.exitcode
+
+    run(tmp_path / "elsewhere/first.pt")  # it starts the process that is forked
+    began = time.time()
+    run(whole)
+    duration, kills, status = time.time() - began, 0, -9
+    while kills < 6 or status != 0:
+        for path in cut.parent.glob("cut.pt*") if cut.exists() else ():
+            path.unlink()
+        status = run(cut, duration * np.random.random() if kills < 6 else None)
+        kills += status == -9
+        assert not cut.exists() or same(whole, cut)
+    files = {path.name for path in cut.parent.glob("[!.]*")}
+    assert files == {"cut.jsonl", "cut.pt", "whole.jsonl", "whole.pt"}
