@@ -1,13 +1,9 @@
-"""Triton kernels for EfficientAD; one a file, its plain-torch reference beside it.
+"""Triton kernels for EfficientAD, one a file. Without Triton, and for tensors that are not on a
+GPU, each function computes its plain-torch reference."""
 
-Importing them needs neither a GPU nor Triton: without Triton, and for tensors that are not on a GPU, each function computes its
-reference.
-"""
-
-from .conv_relu_pool import conv_relu_pool
-from .distance_map import combined_map, distance_map
-from .hard_feature_loss import hard_feature_loss
-from .quantile import quantile
-from .triton_or_not import runs_on
-
-__all__ = ["combined_map", "conv_relu_pool", "distance_map", "hard_feature_loss", "quantile", "runs_on"]
+from .conv_relu_pool import conv_relu_pool as conv_relu_pool
+from .distance_map import combined_map as combined_map
+from .distance_map import distance_map as distance_map
+from .hard_feature_loss import hard_feature_loss as hard_feature_loss
+from .quantile import quantile as quantile
+from .runtime import runs_on as runs_on

@@ -1,49 +1,45 @@
 """Exact quantiles of any number of fp32 elements, without sorting.
 
-q is the element at position q·(n − 1) of the sorted elements, between two neighbours interpolated linearly: `torch.quantile`
-without its limit of 2²⁴ elements. If any element is NaN, so is the result. The position is computed in float64.
+q is the element at position q·(n − 1) of the sorted elements, between two neighbours interpolated
+linearly: `torch.quantile` without its limit of 2²⁴ elements and with the position in float64. If
+any element is NaN, so is the result.
 
-Radix selection: the 32 bits of a float, mapped to an unsigned integer of the same order, are read as six digits. A pass counts
-the values of one digit among the elements whose higher digits are those of the wanted element, which gives its next digit. The
-two neighbours of each q are selected side by side ("targets"). All decisions are taken on the device: nothing waits for the
-host, and a CUDA graph can hold the call.
+Radix selection: the 32 bits of a float, mapped to an unsigned integer of the same order, are read
+as six digits. A pass counts the values of one digit among the elements whose higher digits are
+those of the wanted element; this gives its next digit. The two neighbours of each q are selected
+side by side ("targets"). Nothing waits for the host, so that a CUDA graph can hold the call.
 
-Cost: n elements are read six times, 24·n bytes. Hard feature loss at 256², one image: n = 384·56² = 1.2 M for S and M alike, 29 MB,
-7 µs at 4.3 TB/s (from the L2 cache faster), so that the eight launches are the larger part; batch 16, n = 19.3 M: 462 MB, 108 µs.
-Counting is meant to stay below that: `tl.histogram` spends one population count per 32 bins, element and target.
-Not measured on a GPU yet.
+Cost: n elements are read six times, 24·n bytes. Hard feature loss at 256², one image: n = 384·56² =
+1.2 M for S and M alike, 29 MB, 7 µs on an H200 at 4.3 TB/s, perhaps less than the nine launches;
+batch 16: 462 MB, 108 µs. Counting should stay below that: `tl.histogram` spends one population
+count per 32 bins, element and target. Not measured on a GPU yet.
 """
-
-import math
 
 import torch
 from torch import Tensor
 
-from .triton_or_not import cdiv, jit, runs_on, tl
+from .runtime import jit, operator, storage_order, tl, triton
 
 SHIFTS, WIDTHS = (26, 20, 15, 10, 5, 0), (6, 6, 5, 5, 5, 5)  # digits, most significant first
-# 64 bins and not the usual 256: the cost of tl.histogram grows with the bins, and six passes over memory cost less than four
-# with four times the population counts. Eight elements a thread: with more, the counts' registers leave a multiprocessor room
-# for one program only. 396 programs are three, as many as fit, on each of an H200's 132; each strides through its share.
+# 64 bins, not the usual 256: the cost of tl.histogram grows with the bins, and six passes over
+# memory cost less than four with four times the population counts. Eight elements a thread: with
+# more, the registers of the counts leave a multiprocessor room for one program only. 396 programs
+# are three, as many as fit, on each of the 132 of an H200; each strides through its share.
 CONFIG, PROGRAMS = {"BINS": 64, "BLOCK": 2048, "num_warps": 8}, 396
 
 
-def quantile_reference(x: Tensor, q: list[float]) -> Tensor:
-    """The same in plain torch, by sorting. float32 tensor of q's length."""
-    x, n, values = x.flatten().sort().values, x.numel(), []  # NaN last
-    for position in (p * (n - 1) for p in q):
-        low = math.floor(position)
-        value = torch.lerp(x[low], x[low + 1], position - low) if position > low else x[low]
-        values.append(torch.where(x[-1].isnan(), math.nan, value))
-    return torch.stack(values)
-
-
-# A row of `state` belongs to a pass and a target: counts of BINS digits, then the target's higher digits and its rank among the
-# elements that share them. One more row counts NaN.
+def quantile_reference(x, q):
+    """The same in plain torch, by sorting."""
+    ordered = x.flatten().sort().values  # NaN last
+    position = torch.tensor(q, dtype=torch.float64) * (x.numel() - 1)
+    low, high = ordered[position.floor().long()], ordered[position.ceil().long()]
+    weight = position.frac().to(x)
+    value = torch.where(weight == 0, low, torch.lerp(low, high, weight))  # inf − inf is NaN
+    return torch.where(ordered[-1].isnan(), ordered[-1], value)
 
 
 @jit
-def ordered(x):
+def ordered_key(x):
     """fp32 -> uint32 in the same order: −0 just below +0, every NaN above +inf."""
     bits = x.to(tl.uint32, bitcast=True)
     key = tl.where(bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
@@ -51,8 +47,16 @@ def ordered(x):
 
 
 @jit
+def value_of(key):
+    """The inverse of `ordered_key`."""
+    key = key.to(tl.uint32)
+    bits = tl.where(key >> 31 == 1, key ^ 0x80000000, key ^ 0xFFFFFFFF)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@jit
 def narrow(row, SHIFT: tl.constexpr, BINS: tl.constexpr):
-    """A finished row -> the target's digits with that pass's digit, and its rank among the elements that share these."""
+    """The finished row of a pass and target -> the target's digits and rank, one digit further."""
     counts = tl.load(row + tl.arange(0, BINS))
     digits, rank = tl.load(row + BINS), tl.load(row + BINS + 1)
     below = tl.cumsum(counts) <= rank
@@ -62,12 +66,20 @@ def narrow(row, SHIFT: tl.constexpr, BINS: tl.constexpr):
 
 @jit
 def count_kernel(
-    x_ptr, n, position_ptr, row, nan_row,
-    TARGETS: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr, PREVIOUS_SHIFT: tl.constexpr,
-    BINS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One pass; `row` is the pass's first. Each program finishes the previous pass by itself, so that no launch lies between."""
-    FIRST: tl.constexpr = PREVIOUS_SHIFT is None
+    x_ptr,
+    n,
+    position_ptr,
+    row,
+    nan_row,
+    TARGETS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One pass, whose first row is `row`. Each program finishes the previous pass by itself."""
+    PREVIOUS: tl.constexpr = SHIFT + WIDTH  # the shift of the previous digit
+    FIRST: tl.constexpr = PREVIOUS == 32
     wanted = ()  # the digits of each target so far
     for target in tl.static_range(TARGETS):
         own = row + target * (BINS + 2)
@@ -76,7 +88,7 @@ def count_kernel(
             digits, rank = tl.zeros((), tl.int64), position.to(tl.int64)
             rank += (position > rank).to(tl.int64) * (target % 2)
         else:
-            digits, rank = narrow(own - TARGETS * (BINS + 2), PREVIOUS_SHIFT, BINS)
+            digits, rank = narrow(own - TARGETS * (BINS + 2), PREVIOUS, BINS)
         if tl.program_id(0) == 0:
             tl.store(own + BINS, digits)
             tl.store(own + BINS + 1, rank)
@@ -86,76 +98,58 @@ def count_kernel(
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0) * BLOCK):
         inside = tl.arange(0, BLOCK) < n - start
         x = tl.load(x_ptr + start + tl.arange(0, BLOCK), mask=inside, other=0)
-        key = ordered(x)
+        key = ordered_key(x)
         digit = ((key >> SHIFT) & ((1 << WIDTH) - 1)).to(tl.int32)
         if FIRST:
             tl.atomic_add(nan_row, tl.sum((x != x).to(tl.int64)))
             counts = tl.histogram(digit, BINS, mask=inside)  # the same for every target
         for target in tl.static_range(TARGETS):
             if not FIRST:
-                match = ((key ^ wanted[target]) >> (SHIFT + WIDTH)) == 0
+                match = ((key ^ wanted[target]) >> PREVIOUS) == 0
                 counts = tl.histogram(digit, BINS, mask=match & inside)
             tl.atomic_add(row + target * (BINS + 2) + bins, counts.to(tl.int64), mask=counts > 0)
 
 
 @jit
-def interpolate_kernel(position_ptr, row, nan_row, out_ptr, SHIFT: tl.constexpr, BINS: tl.constexpr):
-    """One program a q: its two neighbours from the last pass, and the value between them, as torch.lerp computes it."""
+def interpolate_kernel(position_ptr, row, nan_row, out_ptr, BINS: tl.constexpr):
+    """One program a q: its two neighbours from the last pass, interpolated as torch.lerp does."""
     q = tl.program_id(0)
-    low = value_of(narrow(row + (2 * q) * (BINS + 2), SHIFT, BINS)[0])
-    high = value_of(narrow(row + (2 * q + 1) * (BINS + 2), SHIFT, BINS)[0])
+    low = value_of(narrow(row + (2 * q) * (BINS + 2), 0, BINS)[0])
+    high = value_of(narrow(row + (2 * q + 1) * (BINS + 2), 0, BINS)[0])
     position = tl.load(position_ptr + q)
     weight = (position - position.to(tl.int64)).to(tl.float32)
-    value = tl.where(weight < 0.5, low + weight * (high - low), high - (high - low) * (1 - weight))
+    step = high - low
+    value = tl.where(weight < 0.5, low + weight * step, high - step * (1 - weight))
     value = tl.where(weight == 0, low, value)  # inf − inf is NaN
     tl.store(out_ptr + q, tl.where(tl.load(nan_row) > 0, float("nan"), value))
 
 
-@jit
-def value_of(key):
-    """The inverse of `ordered`."""
-    key = key.to(tl.uint32)
-    return tl.where(key >> 31 == 1, key ^ 0x80000000, key ^ 0xFFFFFFFF).to(tl.float32, bitcast=True)
-
-
-def storage_order(x: Tensor) -> Tensor:
-    """x if its elements fill its storage without gaps, in whatever order; else a contiguous copy."""
-    dense = x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
-    return x if dense else x.contiguous()
-
-
-@torch.library.custom_op("efficientad::quantile", mutates_args=())
-def quantile_op(x: Tensor, q: list[float]) -> Tensor:
-    if not runs_on(x):
-        return quantile_reference(x, q)
-    x, n, targets, bins = storage_order(x), x.numel(), 2 * len(q), CONFIG["BINS"]
+@operator("efficientad::quantile", quantile_reference)
+def op(x: Tensor, q: list[float]) -> Tensor:
+    x, n, targets = storage_order(x), x.numel(), 2 * len(q)
     positions = x.new_empty(len(q), dtype=torch.float64)
     for i, p in enumerate(q):
-        positions[i].fill_(p * (n - 1))  # the number travels inside the launch: no copy from the host to wait for
-    state = x.new_zeros(len(SHIFTS) * targets + 1, bins + 2, dtype=torch.int64)
-    out = x.new_empty(len(q))
-    with torch.cuda.device_of(x):
-        for i, (shift, width) in enumerate(zip(SHIFTS, WIDTHS)):
-            count_kernel[(min(cdiv(n, CONFIG["BLOCK"]), PROGRAMS),)](
-                x, n, positions, state[i * targets], state[-1],
-                TARGETS=targets, SHIFT=shift, WIDTH=width, PREVIOUS_SHIFT=SHIFTS[i - 1] if i else None, **CONFIG,
-            )  # fmt: skip
-        interpolate_kernel[(len(q),)](positions, state[-1 - targets], state[-1], out, SHIFT=SHIFTS[-1], BINS=bins, num_warps=1)
+        positions[i].fill_(p * (n - 1))  # travels inside the launch: no copy from the host
+    # A row for each pass and target: the counts of BINS digits, the target's higher digits, and its
+    # rank among the elements that share them. The last row counts NaN.
+    state = x.new_zeros(len(SHIFTS) * targets + 1, CONFIG["BINS"] + 2, dtype=torch.int64)
+    nan_row, out = state[-1], x.new_empty(len(q))
+    programs = min(triton.cdiv(n, CONFIG["BLOCK"]), PROGRAMS)
+    for row, shift, width in zip(state[:-1:targets], SHIFTS, WIDTHS):
+        count_kernel[(programs,)](x, n, positions, row, nan_row, targets, shift, width, **CONFIG)
+    interpolate_kernel[(len(q),)](positions, row, nan_row, out, CONFIG["BINS"], num_warps=1)
     return out
 
 
-@quantile_op.register_fake
-def _(x: Tensor, q: list[float]) -> Tensor:
-    return x.new_empty(len(q))
-
-
 def quantile(x: Tensor, q: float | list[float]) -> Tensor:
-    """The q-quantile of all elements of x (float32, any shape, on any device) as a scalar, or for a list of q a tensor of its
-    length. No gradient. Raises TypeError for another dtype, ValueError for q outside [0, 1], no q and an empty x."""
-    qs = [float(q)] if isinstance(q, (int, float)) else [float(p) for p in q]
+    """The q-quantile of all elements of x (float32, any shape), a scalar; for a list of q a tensor.
+    No gradient. Raises TypeError for another dtype, ValueError for no element, no q or a q outside
+    [0, 1]."""
+    single = isinstance(q, (int, float))
+    qs = [float(p) for p in ([q] if single else q)]
     if x.dtype != torch.float32:
         raise TypeError(f"quantile needs float32, got {x.dtype}")
     if not qs or not all(0 <= p <= 1 for p in qs) or x.numel() == 0:
-        raise ValueError(f"quantile needs 0 <= q <= 1 and at least one element, got q = {q} of {x.numel()} elements")
-    values = quantile_op(x.detach(), qs)
-    return values[0] if isinstance(q, (int, float)) else values
+        raise ValueError(f"need 0 <= q <= 1 and an element, got q = {q} of {x.numel()} elements")
+    values = op(x.detach(), qs)
+    return values[0] if single else values

@@ -1,0 +1,65 @@
+"""What the kernels share: Triton if it is installed, their dispatch, and the check of arguments."""
+
+import os
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    from triton import jit
+except ImportError:  # macOS, Windows
+    triton = None
+
+    class tl:
+        constexpr = None  # named in the kernels' signatures; their bodies never run
+
+    def jit(function):
+        return function
+
+
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU
+
+
+def runs_on(*tensors: Tensor) -> bool:
+    """Whether Triton kernels can read these tensors: on a GPU, not in float64."""
+    there = triton is not None and all(t.is_cuda or INTERPRETED for t in tensors)
+    return there and all(t.dtype != torch.float64 for t in tensors)
+
+
+def operator(name: str, reference):
+    """Make a function that launches kernels a torch operator, which calls `reference` instead where
+    kernels cannot run. torch.compile and torch.export take it whole; the shapes are those that
+    `reference` gives for tensors without data."""
+
+    def register(launch):
+        def dispatch(*arguments):
+            tensors = [x for x in arguments if isinstance(x, Tensor)]
+            with torch.cuda.device_of(tensors[0]):
+                return launch(*arguments) if runs_on(*tensors) else reference(*arguments)
+
+        schema = torch.library.infer_schema(launch, mutates_args=())
+        op = torch.library.custom_op(name, dispatch, mutates_args=(), schema=schema)
+        op.register_fake(reference)
+        return op
+
+    return register
+
+
+def check_tensors(expected: str, shapes_fit: bool, **tensors: Tensor) -> None:
+    """Raise TypeError unless the tensors are float32, float16 or bfloat16, ValueError unless their
+    shapes fit, each has an element and all are on one device."""
+    for name, x in tensors.items():
+        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise TypeError(f"{name} must be float32, float16 or bfloat16, got {x.dtype}")
+    devices, sizes = {x.device for x in tensors.values()}, [x.numel() for x in tensors.values()]
+    if not shapes_fit or len(devices) > 1 or min(sizes) == 0:
+        got = ", ".join(f"{name} {tuple(x.shape)} on {x.device}" for name, x in tensors.items())
+        raise ValueError(f"need {expected}, none empty, all on one device, got {got}")
+
+
+def storage_order(x: Tensor) -> Tensor:
+    """x if its elements fill its storage without gaps in some order, else a contiguous copy."""
+    channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return x if channels_last else x.contiguous()
