@@ -322,14 +322,14 @@ def open_category(data: str | Path) -> Category:
     if not root.is_dir():
         choice = "a category's folder, a folder of normal images, or 'demo'"
         raise DataError(f"{root}: no such folder; --data takes {choice}")
-    place = root.resolve()
+    place, name = root.resolve(), Path(os.path.abspath(root)).name  # a link has its own name
     if (root / "Data/Images/Normal").is_dir():
         return _open_visa(root, place.name)
     if (root / "train").is_dir():
         own, loco = root / "validation/good", (root / "defects_config.json").exists()
         validation = list_images(own) if own.is_dir() else None
         train, test = list_images(root / "train/good"), _mvtec_test(root, loco)
-        return Category(place.name, "loco" if loco else "mvtec", root, train, validation, test)
+        return Category(name, "loco" if loco else "mvtec", root, train, validation, test)
     categories = ", ".join(map(str, list_categories(root)))
     if categories:
         raise DataError(f"{root}: holds several categories; choose one: {categories}")
@@ -340,7 +340,7 @@ def open_category(data: str | Path) -> Category:
         if inside or {"train", *parts} & set(folders) or "good" in folders[:1]:
             remedy = "--data takes a category's folder, which holds train/good"
             raise DataError(f"{path}: lies in a part of a data set; {remedy}")
-    return Category(place.name, "folder", root, paths)
+    return Category(name, "folder", root, paths)
 
 
 def list_categories(data: str | Path) -> list[Path]:

@@ -1,0 +1,215 @@
+"""evaluate.py and what it writes, on tiny sets."""
+
+import csv
+import json
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import PHOTO, ROOT, assert_refused, put
+from PIL import Image
+
+from efficientad import EfficientAD
+from support import report
+from support.data import read_image, to_array
+
+CPU = ("--device", "cpu")
+
+
+@pytest.fixture
+def own(model, tiny_demo, tmp_path):
+    """A run folder whose model says that it was trained on tiny_demo."""
+    (tmp_path / "own").mkdir()
+    info = {"data": str(tiny_demo.resolve()), "category": "tiny", "steps": 3, "seed": 5}
+    checkpoint = model.checkpoint()
+    checkpoint["training"] = model.training_info | info
+    torch.save(checkpoint, tmp_path / "own/model.pt")
+    return tmp_path / "own"
+
+
+def rows_of(path) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def pictures(folder) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
+
+
+def part(root, tiny_demo, masks: bool) -> None:
+    """A category in MVTec AD's layout: two good test images, one scratch, two dents."""
+    for i, name in enumerate(("good/0", "good/1", "scratch/0", "dent/0", "dent/1")):
+        kind, number = "good" if i < 2 else "structural_anomalies", f"{i % 3:03d}"
+        put(root / f"test/{name}.png", (tiny_demo / f"test/{kind}/{number}.png").read_bytes())
+        if masks and i > 1:
+            mask = tiny_demo / f"ground_truth/{kind}/{number}/000.png"
+            put(root / f"ground_truth/{name}_mask.png", mask.read_bytes())
+    put(root / "train/good/0.png")
+
+
+# ------------------------------------------------------------------------------------ evaluation
+
+
+def test_everything_that_an_evaluation_writes(own, tiny_demo, model, run_script):
+    status, out, err = run_script("evaluate.py", "--run", own, "--tiff", *CPU)
+    assert status == 0, err
+    results = json.loads((own / "results.json").read_text())
+    types = results["types"]
+    assert set(types) == {"logical_anomalies", "structural_anomalies"}
+    for key in ("image_ap", "au_spro"):  # MVTec LOCO: the mean of the types, not pooled
+        assert results[key] == pytest.approx(np.mean([entry[key] for entry in types.values()]))
+    assert results["au_spro"] == results["au_spro_by_limit"]["0.05"]
+    training = results["training"]
+    assert (training["model"], training["size"], training["steps"]) == ("efficientad", "small", 3)
+    assert "| overall" in out and f"{100 * results['image_auroc']:.1f}" in out
+    assert (own / "results.md").read_text() in out
+
+    rows = {row["image"]: row for row in rows_of(own / "scores.csv")}
+    assert len(rows) == 9 and {row["defect"] for row in rows.values()} == {"good", *types}
+    image = to_array(read_image(tiny_demo / "test/good/001.png"), (128, 128))
+    with torch.no_grad():
+        maps, scores = model.predict(torch.from_numpy(image)[None])
+    row = rows["good/001"]
+    for name, key in (("combined", "score"), ("local", "score_local"), ("global", "score_global")):
+        assert float(row[key]) == pytest.approx(scores[name].item(), abs=1e-5)
+    assert int(row["anomalous"]) == int(scores["combined"] > model.threshold)
+    tiff = Image.open(own / "anomaly_maps/tiny/test/good/001.tiff")
+    assert tiff.mode == "F" and tiff.size == (256, 256)
+    small = np.asarray(tiff.resize((128, 128), Image.Resampling.BOX)).ravel()
+    assert np.corrcoef(small, maps["combined"].numpy().ravel())[0, 1] > 0.99
+
+    assert len(pictures(own / "overlays")) == 9
+    assert Image.open(own / "overlays/logical_anomalies/002.png").size == (5 * 260 - 4, 274)
+    html = (own / "report.html").read_text(encoding="utf-8")
+    content = html.split('<script id="data" type="application/json">')[1].split("</script>")[0]
+    images = json.loads(content)["images"]
+    assert len(images) == 9 and sum("outline" in image for image in images) == 6
+    assert list(images[0]["maps"]) == ["combined", "local", "global"]
+    assert images[0]["score"] == float(rows["good/000"]["score"])
+    assert not list(own.rglob("*.tmp*")) and not list(own.rglob("*.new"))
+
+
+def test_page_opens_from_disk_and_is_legible():
+    page = (ROOT / "support/report.html").read_text(encoding="utf-8")
+    assert "http" not in page and "scope" in page  # fetches nothing
+    sizes = re.findall(r"font-size: ([\d.]+)(px|r?em)", page) + re.findall(r"font: (\d+)(px)", page)
+    assert len(sizes) > 5 and all(float(n) * (1 if unit == "px" else 16) >= 12 for n, unit in sizes)
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_another_set_than_the_models_own(masks, own, tiny_demo, run_script, tmp_path):
+    """MVTec AD's layout: types are pooled. Results of another set lie in a folder of their own."""
+    part(tmp_path / "part", tiny_demo, masks)
+    put(own / "results.json", b"earlier")
+    status, out, err = run_script("evaluate.py", "--run", own, "--data", "part", *CPU)
+    assert status == 0 and f"trained on tiny ({tiny_demo.resolve()})" in out, err
+    assert (own / "results.json").read_bytes() == b"earlier" and not (own / "overlays").exists()
+    (folder,) = own.glob("on-part-*")
+    assert "trained on tiny" in (folder / "report.html").read_text(encoding="utf-8")
+    results = json.loads((folder / "results.json").read_text())
+    assert set(results["types"]) == {"scratch", "dent"}
+    assert results["images"] == 3 and results["good_images"] == 2
+    scratch, dent = (results["types"][name]["image_auroc"] for name in ("scratch", "dent"))
+    assert results["image_auroc"] == pytest.approx((scratch + 2 * dent) / 3)
+    assert ("au_pro" in results) == masks == ("pixel_auroc" in results)
+    assert not masks or 0 <= results["au_pro"] == results["au_pro_by_limit"]["0.3"] <= 1
+    if masks:
+        return
+    shutil.rmtree(tmp_path / "part/test/dent")
+    assert run_script("evaluate.py", "--run", own, "--data", "part", *CPU)[0] == 0
+    assert pictures(folder / "overlays") == ["good/0.png", "good/1.png", "scratch/0.png"]
+
+
+def test_own_set_in_another_place(model, tiny_demo, run_script, tmp_path):
+    """It is the model's own, if nothing lies where it was."""
+    checkpoint = model.checkpoint()
+    checkpoint["training"] = {"data": str(tmp_path / "gone/tiny"), "category": "tiny"}
+    (tmp_path / "moved").mkdir()
+    torch.save(checkpoint, tmp_path / "moved/model.pt")
+    assert_refused(run_script("evaluate.py", "--run", "moved", *CPU), "gone/tiny: no such folder")
+    assert run_script("evaluate.py", "--run", "moved", "--data", tiny_demo, *CPU)[0] == 0
+    assert json.loads((tmp_path / "moved/results.json").read_text())["own_data"]
+
+
+def test_what_cannot_be_evaluated(run, model, tiny_demo, run_script, tmp_path):
+    command = ("evaluate.py", "--run", run, *CPU)
+    assert_refused(run_script(*command), "name the category with --data")
+    put(tmp_path / "photos/a.png")
+    part(tmp_path / "good", tiny_demo, False)
+    part(tmp_path / "defective", tiny_demo, False)
+    for name in ("scratch", "dent"):
+        shutil.rmtree(tmp_path / "good/test" / name)
+    shutil.rmtree(tmp_path / "defective/test/good")
+    for data in ("photos", "good", "defective"):
+        result = run_script(*command, "--data", data)
+        assert_refused(result, f"{data}: needs good and defective test images", "--images DIR")
+    EfficientAD(image_size=(128, 128)).save(str(run / "model.pt"))
+    assert_refused(run_script(*command, "--data", tiny_demo), "not calibrated")
+    assert sorted(path.name for path in run.iterdir()) == [".lock", "model.pt"]
+
+
+def test_which_run(run, run_script, tmp_path):
+    assert_refused(run_script("evaluate.py"), "no trained model; run train.py first")
+    assert_refused(run_script("evaluate.py", "--run", "nowhere"), "model.pt: no such file")
+    put(tmp_path / "photos/a.png")
+    for i, name in enumerate(("old", "set/new")):
+        shutil.copytree(run, tmp_path / "runs" / name)
+        os.utime(tmp_path / "runs" / name / "model.pt", (1e9 + i, 1e9 + i))
+    assert run_script("evaluate.py", "--images", "photos", *CPU)[0] == 0
+    assert (tmp_path / "runs/set/new/images/scores.csv").exists()
+    result = run_script("evaluate.py", "--run", "runs/set", *CPU)
+    assert_refused(result, "runs/set: is a folder of runs", "tools.sweep --evaluate runs/set")
+
+
+def test_help_fits_a_screen(run_script):
+    assert len(run_script("evaluate.py", "--help")[1].splitlines()) <= 45
+
+
+# ---------------------------------------------------------------------------------- any images
+
+
+def test_score_a_folder(run, run_script, tmp_path):
+    put(tmp_path / "in/a.png", Image.new("RGB", (50, 40), "red"))
+    put(tmp_path / "in/sub/a.jpg", Image.new("L", (300, 200)))
+    for name in ("b.gif", "sub/c.heic", "sub/noend", ".hidden/d.txt"):
+        put(tmp_path / "in" / name, b"x")
+    command = ("evaluate.py", "--run", run, "--images")
+    status, out, err = run_script(*command, "in", *CPU)
+    assert status == 0 and "of 2 images above the threshold" in out and "3 skipped" in out, err
+    rows = rows_of(run / "images/scores.csv")
+    assert [row["image"] for row in rows] == ["a.png", os.path.join("sub", "a.jpg")]
+    assert rows[0]["score"] != rows[1]["score"]
+    skipped = [row["image"] for row in rows_of(run / "images/skipped.csv")]
+    assert skipped == ["b.gif", os.path.join("sub", "c.heic"), os.path.join("sub", "noend")]
+    assert Image.open(run / "images/overlays/a.png.png").size[0] == 4 * 260 - 4  # no mask
+
+    put(tmp_path / "other/b.png")
+    put(tmp_path / "other/z.png", b"damaged")
+    before = (run / "images/scores.csv").read_bytes()
+    assert_refused(run_script(*command, "other", *CPU), "z.png: not an image")
+    assert pictures(run / "images") == ["overlays/a.png.png", "overlays/sub/a.jpg.png"]
+    assert (run / "images/scores.csv").read_bytes() == before
+    assert run_script(*command, "other", "--skip-bad-images", *CPU)[0] == 0
+    assert pictures(run / "images") == ["overlays/b.png.png"]
+
+
+def test_heat_colours():
+    """An ordinary value is black, the threshold in the middle, whatever their signs."""
+    image = Image.new("RGB", (20, 10))
+
+    def colour(value: float, scale: tuple[float, float]) -> list[int]:
+        maps = {"anomaly": np.full((5, 5), value)}
+        sheet = report.overlay(image, None, maps, {"anomaly": value}, scale)
+        assert sheet.size == (2 * 260 - 4, 128 + 18)
+        return np.asarray(sheet)[100, 400].tolist()
+
+    middle = pytest.approx([160, 32, 48], abs=1)  # at an opacity of 0.8
+    assert colour(-0.1, (-0.4, -0.1)) == middle  # SimpleNet's scores are −D
+    assert colour(-0.4, (-0.4, -0.1)) == colour(-9, (-0.4, -0.1)) == [0, 0, 0]
+    assert colour(-0.5, (0.0, -0.5)) == middle  # a threshold below the ordinary value
+    assert colour(-0.6, (0.0, -0.5)) == [0, 0, 0]
+    mask = np.ones((10, 20), bool)
+    assert report.overlay(PHOTO, mask, {"a": np.zeros((4, 4))}, {"a": 0}, (0, 1)).width == 776

@@ -1,0 +1,375 @@
+"""Collections, seeds and ablations: the real script on a tiny collection, and the tables."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import assert_refused
+
+import evaluate
+import train
+from baselines import simplenet
+from support import demo
+from support.backbone import ResNet
+from support.data import DataError
+from tools import sweep
+from tools.summary import (
+    TABLES,
+    collection_rows,
+    normalizations,
+    spread,
+    summarize_collection,
+    summarize_runs,
+)
+
+LOCO = {"train/good": 3, "validation/good": 1, "test/good": 2}
+LOCO |= {"test/logical_anomalies": 2, "test/structural_anomalies": 2}
+
+
+@pytest.fixture(scope="module")
+def loco(tmp_path_factory):
+    """A collection of two categories."""
+    root = tmp_path_factory.mktemp("sets") / "loco"
+    root.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "DEMO_SPLITS", LOCO)
+        for seed, name in enumerate(("pushpins", "screw_bag")):
+            demo.make_demo(root / name, seed)
+    (root / "readme.txt").write_text("not a category")
+    return root
+
+
+@pytest.fixture
+def tiny(teacher):
+    options = ("--steps", 1, "--image-size", 128, "--device", "cpu", "--teacher", teacher)
+    return (*options, "--pretraining-images", "none")
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Options of the runs that would be trained, in place of training them."""
+    jobs = []
+    monkeypatch.setattr(train, "train", jobs.append)
+    return jobs
+
+
+def models(folder) -> dict[str, int]:
+    found = sorted(folder.rglob("model.pt"))
+    return {str(p.parent.relative_to(folder)): p.stat().st_mtime_ns for p in found}
+
+
+def read(path) -> dict:
+    return json.loads(path.read_text())
+
+
+# -------------------------------------------------------------------------------------- training
+
+
+def test_collection_from_training_to_summary(loco, tiny, run_script, tmp_path):
+    """Two categories × two seeds; one fails; the same command makes up for it."""
+    command = ("tools.sweep", "--data", "loco", "--seeds", "0,1", *tiny)
+    evaluation = ("tools.sweep", "--evaluate", "runs/loco", "--device", "cpu")
+    shutil.copytree(loco, tmp_path / "loco")
+    images, runs = tmp_path / "loco/screw_bag/train", tmp_path / "runs/loco"
+    images.rename(tmp_path / "hidden")
+    (images / "good").mkdir(parents=True)
+
+    status, out, err = run_script(*command)
+    assert status == 1 and "2 of 4 runs complete in runs/loco" in out and "Traceback" not in err
+    assert err.count("screw_bag-small-seed0: failed: loco/screw_bag/train/good: no images") == 1
+    first = models(runs)
+    assert list(first) == ["pushpins-small-seed0", "pushpins-small-seed1"]
+
+    shutil.rmtree(images)
+    (tmp_path / "hidden").rename(images)
+    (runs / "screw_bag-small-seed0/log.jsonl").write_text("stopped before anything was saved\n")
+    status, out, err = run_script(*evaluation)
+    assert status == 1 and "failed: screw_bag-small-seed0: not trained to the end" in out
+    status, out, err = run_script(*command)
+    assert status == 0 and "4 of 4 runs complete" in out and err.count("finished, skipped") == 2
+    second = models(runs)
+    assert len(second) == 4 and all(second[name] == first[name] for name in first)
+
+    evaluated = (runs / "pushpins-small-seed0/results.json").stat().st_mtime_ns
+    whole = (runs / "pushpins-small-seed1/results.json").read_bytes()
+    (runs / "pushpins-small-seed1/results.json").write_bytes(whole[:99])  # damaged
+    earlier = {"category": "screw_bag", "training": {"category": "screw_bag"}}  # does not say where
+    (runs / "screw_bag-small-seed0/results.json").write_text(json.dumps(earlier))
+    status, out, err = run_script(*evaluation)
+    assert status == 0, err
+    assert (runs / "pushpins-small-seed0/results.json").stat().st_mtime_ns == evaluated
+    assert (runs / "pushpins-small-seed1/results.json").read_bytes() == whole
+    results = {name: read(runs / name / "results.json") for name in second}
+    (summary,) = read(runs / "summary.json")["collections"]
+    assert summary["collection"] is None and summary["steps"] == [1]
+    for metric in ("image_auroc", "au_spro"):
+        a, b, c, d = (100 * results[name][metric] for name in sorted(results))
+        entry = summary["categories"]["pushpins"][metric]
+        assert entry["mean"] == pytest.approx((a + b) / 2)
+        assert entry["std"] == pytest.approx(abs(a - b) / 2**0.5)
+        assert summary["mean"][metric]["values"] == pytest.approx([(a + c) / 2, (b + d) / 2])
+    table = (runs / "summary.md").read_text()
+    assert table in out and "| mean of these 2 |" in table and "±" in table
+    assert not list(tmp_path.rglob("*.tmp*"))
+
+
+def test_interrupted_run_is_resumed(loco, tiny, run_script, tmp_path, interrupt_at):
+    command = ("tools.sweep", "--data", loco, *tiny, "--steps", 3)
+    with interrupt_at(5):
+        assert run_script(*command)[0] == 130
+    runs = tmp_path / "runs/loco"
+    assert list(models(runs)) == ["pushpins-small"]
+    status, _, err = run_script(*command)
+    assert status == 0 and "screw_bag-small: interrupted, goes on" in err, err
+    log = (runs / "screw_bag-small/log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [0, 2]
+
+
+def test_interrupted_run_goes_on_with_its_own_options_on_the_device_given_now(tmp_path, made):
+    """It began on a GPU, with that one's defaults, and goes on without."""
+    job = train.Options(out=str(tmp_path), device="cpu", data=str(tmp_path))
+    begun = vars(job) | {"device": "cuda", "steps": 70000, "lr": 1e-4, "resume": None}
+    torch.save({"format": "run", "options": begun}, tmp_path / "resume.pt")
+    sweep.train_run(job, made.append)
+    (resumed,) = made
+    assert (resumed.device, resumed.resume) == ("cpu", str(tmp_path))
+    assert resumed.steps == 70000 != job.steps
+
+
+def test_a_run_of_other_data_or_options_is_refused(loco, tiny, run_script, tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(loco, tmp_path / name / "parts")
+    command = ("tools.sweep", "--categories", "pushpins", *tiny, "--data")
+    assert run_script(*command, "a/parts")[0] == 0
+    for options, words in (
+        (["b/parts"], f"--data {tmp_path}/a/parts/pushpins, not b/parts/pushpins"),
+        (["a/parts", "--p-hard", 0.9], "--p-hard 0.999, not 0.9"),
+    ):
+        status, out, err = run_script(*command, *options)
+        assert status == 1 and "0 of 1 runs complete" in out and words in err, err
+    status, _, err = run_script(*command, tmp_path / "a/parts")  # the same, named otherwise
+    assert status == 0 and "finished, skipped" in err
+
+
+def test_names_in_a_folder_of_links(loco, tiny, run_script, made, tmp_path):
+    (tmp_path / "all").mkdir()
+    for name in ("alpha", "beta"):
+        shutil.copytree(loco / "pushpins", tmp_path / name / "v1")
+        (tmp_path / "all" / name).symlink_to(tmp_path / name / "v1")
+    assert run_script("tools.sweep", "--data", "all", *tiny)[0] == 0
+    assert [job.out for job in made] == ["runs/all/alpha-small", "runs/all/beta-small"]
+
+
+def test_processes_share_the_runs(loco, tiny, run_script, made, monkeypatch, tmp_path):
+    """As torchrun starts them. A failure must not end the others: torchrun would stop them all."""
+    command = ("tools.sweep", "--data", loco, *tiny)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        assert run_script(*command, "--seeds", "3,4,5")[0] == 0
+    names = [f"runs/loco/{c}-small-seed{s}" for c in ("pushpins", "screw_bag") for s in (3, 4, 5)]
+    assert [job.out for job in made] == names[::2] + names[1::2]
+
+    def fail(job):
+        raise DataError("no")
+
+    monkeypatch.setattr(train, "train", fail)
+    status, out, err = run_script(*command)
+    assert status == 0 and "0 of 1 runs complete" in out and "failed runs" in err
+
+
+def test_bad_options_get_one_line(loco, tiny, run_script, tmp_path):
+    one = loco / "pushpins"
+    for case, message in (
+        (
+            ("--data", loco, "--categories", "pushpins,pcb9"),
+            "no category pcb9; it has: pushpins, screw_bag",
+        ),
+        (("--data", one, "--categories", "a"), "has no category a; it has: none"),
+        (("--data", loco, "--ablation", "--pretraining-images", loco), "takes one category"),
+        (("--data", loco, "--seeds", "0,x"), "--seeds: invalid"),
+        (("--data", loco, "--seeds", "0,1", "--seed", 2), "--seed or --seeds"),
+        (("--data", loco, "--seeds", "-1"), "--seed >= 0"),
+        (("--data", one, "--ablation"), "--ablation chooses"),  # `tiny` has no penalty
+        (("--data", one), "this is one run; use: python train.py --data"),
+        (("--data", "nowhere", "--seeds", "0,1"), "nowhere: no such folder"),
+        (("--data", loco, "--resume", "x"), "--resume belongs to"),
+        (("--data", loco, "--noise", 1), "unrecognized arguments: --noise"),
+        (("--data", loco, "--steps", 0), "--steps >= 1"),
+        (("--evaluate", "."), "unrecognized arguments: --steps"),
+    ):
+        assert_refused(run_script("tools.sweep", *tiny, *case), message)
+    assert_refused(run_script("tools.sweep", "--evaluate", "x", "--data", loco), "only --tiff")
+    assert_refused(run_script("tools.sweep", "--evaluate", "."), ".: has no runs in it")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_run_can_be_evaluated(run_script, tmp_path):
+    for name in ("a-small", "b-small"):
+        (tmp_path / "all" / name).mkdir(parents=True)
+        (tmp_path / "all" / name / "model.pt").write_text("damaged")
+    status, out, err = run_script("tools.sweep", "--evaluate", "all", "--device", "cpu")
+    assert status == 1 and "Traceback" not in err and "|" not in out
+    assert out.count("failed: ") == 2 and read(tmp_path / "all/summary.json")["collections"] == []
+
+
+# -------------------------------------------------------------------------------------- ablation
+
+
+def test_ablation(loco, tiny, run_script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = [*map(str, ("--data", loco / "pushpins", *tiny[:-2]))]
+    kept = ("default", "no-penalty", "p_hard-0-no-penalty")
+    some = {name: sweep.ABLATIONS["efficientad"][name] for name in kept}
+    monkeypatch.setitem(sweep.ABLATIONS, "efficientad", some)
+    sweep.main(["--ablation", *options])
+    folder = tmp_path / "runs/pushpins-small-ablation"
+    assert set(models(folder)) == set(kept)
+    status, out, err = run_script("tools.sweep", "--evaluate", folder, "--device", "cpu")
+    assert status == 0, err
+    tables = read(folder / "summary.json")["tables"]
+    assert [len(rows) for rows in tables.values()] == [6, 6, 6, 4, 4]
+    cumulative, isolated = list(tables.values())[3:]
+    for rows, published in ((cumulative, [0.8, 1.0, 0.4]), (isolated, [-0.7, -0.7, -0.4])):
+        assert [round(row["paper_diff"], 1) for row in rows[1:]] == published
+    difference = cumulative[1]["ours"]["mean"] - cumulative[0]["ours"]["mean"]
+    assert cumulative[1]["diff"] == pytest.approx(difference)
+    ours = {title[:7] + r["row"]: r["ours"] for title, rows in tables.items() for r in rows}
+    missing = [f"Table 3p_hard = {p}" for p in (0, 0.9, 0.99, 0.9999, 0.99999)]
+    missing += ["Table 5without hard feature loss"]
+    assert [name for name, entry in ours.items() if entry is None] == missing
+    for name, run in (
+        ("Table 5without pretraining penalty", "no-penalty"),
+        ("Table 4+ map normalization", "p_hard-0-no-penalty"),
+        ("Table 3a = 0.9", "default"),
+    ):
+        auroc = read(folder / run / "results.json")["image_auroc"]
+        assert ours[name]["mean"] == pytest.approx(100 * auroc), name
+    assert "| a = 0.5" in out and "95.9" in out and "–" in out
+
+    # The Gaussian baseline of the same weights is what a training with that option gives.
+    train.main(["--map-normalization", "gaussian", "--out", "gaussian", *options])
+    evaluate.main(["--run", "gaussian", "--device", "cpu"])
+    auroc = read(tmp_path / "gaussian/results.json")["image_auroc"]
+    assert ours["Table 5without map normalization"]["mean"] == pytest.approx(100 * auroc)
+
+
+def test_ablation_without_images_that_cannot_be_read(loco, model, tmp_path):
+    """What --skip-bad-images left out of training is left out when maps are normalized anew."""
+    shutil.copytree(loco / "pushpins", tmp_path / "pushpins")
+    (tmp_path / "pushpins/validation/good/bad.png").write_text("not an image")
+    info = {
+        "data": str(tmp_path / "pushpins"),
+        "seed": 0,
+        "p_hard": 0,
+        "pretraining_images": "none",
+    }
+    model.training_info = info | {"skip_bad_images": True}
+    entries = sweep.ablation_scores(model)
+    assert [entry["quantiles"] for entry in entries] == [None, (0.9, 0.995)]
+    model.training_info = info
+    with pytest.raises(DataError, match="bad.png: not an image"):
+        sweep.ablation_scores(model)
+
+
+def test_every_row_has_its_training():
+    wanted = {(p_hard, penalty) for rows in TABLES.values() for _, _, p_hard, penalty, _ in rows}
+    trained = sweep.ABLATIONS["efficientad"].values()
+    assert wanted == {
+        (o.get("p_hard", 0.999), o.get("pretraining_images") != "none") for o in trained
+    }
+    assert len(normalizations(0.999, True)) == 12  # 6 + 6 quantiles, one in common, the baseline
+    assert normalizations(0.5, True) == []
+    for changed in list(sweep.ABLATIONS["simplenet"].values())[1:]:
+        ((option, value),) = changed.items()
+        assert value != getattr(simplenet.Options, option, [2, 3])
+
+
+def test_ablation_of_simplenet(tiny_demo, run_script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(ResNet("resnet18").state_dict(), tmp_path / "weights.pth")
+    some = {k: sweep.ABLATIONS["simplenet"][k] for k in ("default", "no-adaptor", "layers-3")}
+    monkeypatch.setitem(sweep.ABLATIONS, "simplenet", some)
+    options = ("--backbone", "resnet18", "--backbone-weights", "weights.pth", "--image-size", 64)
+    options += ("--steps", 1, "--batch-size", 2, "--data", tiny_demo, "--device", "cpu")
+    sweep.main(["--model", "simplenet", "--ablation", *map(str, options)])
+    folder = tmp_path / "runs/tiny-simplenet-ablation"
+    status, out, err = run_script("tools.sweep", "--evaluate", folder, "--device", "cpu")
+    assert status == 0 and "| adaptor false " in out and "paper" not in out, err
+    tables = read(folder / "summary.json")["tables"]
+    assert {title: [row["row"] for row in rows] for title, rows in tables.items()} == {
+        "SimpleNet, noise": ["noise 0.015 (default)"],
+        "SimpleNet, adaptor": ["adaptor false", "adaptor true (default)"],
+        "SimpleNet, layers": ["layers [2, 3] (default)", "layers [3]"],
+    }
+    auroc = read(folder / "no-adaptor/results.json")["image_auroc"]
+    ours = tables["SimpleNet, adaptor"][0]["image_auroc"]["mean"]
+    assert ours == pytest.approx(100 * auroc)
+
+
+# --------------------------------------------------------------------------------------- summary
+
+
+def results(category, seed, auroc, size="small", **more):
+    training = {"model": "efficientad", "size": size, "steps": 70000, "seed": seed}
+    if size == "simplenet":
+        training = {"model": size, "backbone": "resnet18", "epochs": 40, "steps": 9, "seed": seed}
+    training |= more.pop("training", {})
+    return {"category": category, "image_auroc": auroc, "types": {}, **more, "training": training}
+
+
+def test_summary_by_hand():
+    assert spread([0.5]) == {"mean": 50, "std": None, "values": [50]}
+    assert spread([0.9, 1.0])["std"] == pytest.approx(100 * 0.05 * 2**0.5)
+    runs = [results("bottle", 0, 0.9, au_pro=0.8), results("bottle", 1, 1.0, au_pro=0.9)]
+    runs += [results("screw", 0, 0.5), results("screw", 0, 0.1, "medium")]
+    summary = summarize_collection(runs, "small")
+    mean = summary["mean"]
+    assert mean["seeds"] == [0] and mean["image_auroc"]["values"] == [70]  # seed 1 lacks the screw
+    assert "au_pro" not in mean
+    assert collection_rows(summary) == [
+        ["percent", "runs", "image AU-ROC", "paper", "AU-PRO 0.3", "paper"],
+        ["bottle", "2", "95.0 ± 7.1", "99.9", "85.0 ± 7.1", "95.2"],
+        ["screw", "1", "50.0", "97.9", "–", "95.6"],
+        ["mean of these 2", "1", "70.0", "–", "–", "–"],  # the paper's mean is over all fifteen
+    ]
+    only = summarize_collection([results("bottle", 0, 0.9), results("screw", 1, 0.9)], "small")
+    assert only["mean"] is None and collection_rows(only)[-1][1:3] == ["0", "–"]
+    with pytest.raises(ValueError, match="same seed"):
+        summarize_runs([results("bottle", 0, 0.9)] * 2)
+    varied = [results("bottle", 0, 0.9, training={"p_hard": p}) for p in (0, 0.9)]
+    with pytest.raises(ValueError, match="one category"):
+        summarize_runs([*varied, results("screw", 0, 0.9)])
+
+
+def test_complete_collection_has_the_papers_means():
+    names = "breakfast_box juice_bottle pushpins screw_bag splicing_connectors".split()
+    types = {f"{name}_anomalies": {"image_auroc": 0.7} for name in ("logical", "structural")}
+    runs = [results(name, 0, 0.8, "medium", types=types) for name in names]
+    _, sections = summarize_runs(runs)
+    ((title, rows),) = sections.items()
+    assert title == "MVTec LOCO, EfficientAD-M, 70000 steps"
+    mean = ["mean of MVTec LOCO", "1", "80.0", "90.7", "70.0", "86.8", "70.0", "94.7"]
+    assert rows[-1] == mean
+    names = "candle capsules cashew chewinggum fryum macaroni1 macaroni2 pcb1 pcb2 pcb3 pcb4"
+    runs = [results(name, 0, 0.5, "simplenet") for name in (*names.split(), "pipe_fryum")]
+    _, sections = summarize_runs(runs)
+    rows = sections["VisA, SimpleNet (resnet18), 40 epochs"]
+    assert rows[-1] == ["mean of VisA", "1", "50.0", "87.9"]
+
+
+def test_both_models_in_one_table():
+    runs = [results("bottle", 0, 0.9), results("bottle", 0, 0.7, "simplenet")]
+    content, sections = summarize_runs(runs)
+    ((title, rows),) = sections.items()
+    s, n = "EfficientAD-S, 70000 steps", "SimpleNet (resnet18), 40 epochs"
+    assert title == f"Collection, {s}; {n}"
+    assert [row[:5] for row in rows] == [
+        ["percent", "model", "runs", "image AU-ROC", "paper"],
+        ["bottle", s, "1", "90.0", "99.9"],
+        ["bottle", n, "1", "70.0", "–"],
+        ["mean of these 1", s, "1", "90.0", "–"],
+        ["mean of these 1", n, "1", "70.0", "–"],
+    ]
+    assert [summary["size"] for summary in content["collections"]] == ["small", "simplenet"]

@@ -1,0 +1,288 @@
+"""Several runs, one after another: the categories of a collection, several seeds, an ablation.
+
+    python -m tools.sweep --data mvtec --seeds 0,1,2         # into runs/mvtec/
+    python -m tools.sweep --data mvtec/bottle --ablation     # the trainings behind tables 3 to 5
+    python -m tools.sweep --data mvtec --model simplenet --backbone-weights FILE
+    torchrun --nproc-per-node 4 -m tools.sweep --data visa   # the runs are shared by four GPUs
+    python -m tools.sweep --evaluate runs/mvtec              # a table, with the paper's values
+
+All other options are those of train.py, or of baselines.simplenet. The same command goes on after
+an interruption: finished runs are skipped, interrupted ones resumed.
+"""
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import evaluate
+import train
+from baselines import simplenet
+from efficientad import EfficientAD, ModelError
+from support import data
+from support.checkpoints import read_checkpoint
+from support.metrics import image_metrics
+from support.options import OptionError, RunOptions, make_parser, option, parse_options
+from support.report import table
+from support.runs import holds_results, lock, remove_leftovers, run_command, write
+from support.training import calibrate_gaussian
+from tools.summary import is_ablation, normalizations, summarize_runs
+
+USAGE = "python -m tools.sweep --data DIR [options of the training] | --evaluate DIR [--tiff]"
+MODELS = {"efficientad": train, "simplenet": simplenet}
+ABLATIONS = {  # the distinct trainings behind the tables
+    "efficientad": {
+        "default": {},
+        **{f"p_hard-{p}": {"p_hard": p} for p in (0, 0.9, 0.99, 0.9999, 0.99999)},
+        "no-penalty": {"pretraining_images": "none"},
+        "p_hard-0-no-penalty": {"p_hard": 0, "pretraining_images": "none"},
+    },
+    "simplenet": {
+        "default": {},
+        **{f"noise-{noise}": {"noise": noise} for noise in (0.0015, 0.005, 0.05, 0.15)},
+        "no-adaptor": {"no_adaptor": True},
+        **{f"layers-{'-'.join(n)}": {"layers": [*map(int, n)]} for n in ("2", "3", "123")},
+    },
+}
+CHOSEN = {"p_hard", "a", "b", "map_normalization", "noise", "no_adaptor", "layers"}  # by --ablation
+PATHS = {"data", "teacher", "pretraining_images", "backbone_weights"}  # options
+BY_DEVICE = {"steps", "epochs", "lr", "precision"}  # options with defaults that depend on it
+
+
+@dataclass
+class Options:
+    """Train several runs, one after another; or evaluate the runs in a folder."""
+
+    data: str = option("demo", "a folder of categories, or one category")
+    categories: str | None = option(None, "of a folder of categories only these", metavar="A,B")
+    seeds: list[int] = option([], "a run each", type=simplenet.integers, nargs=None, metavar="0,1")
+    ablation: bool = option(False, "the trainings behind tables 3 to 5, or SimpleNet's options")
+    model: str = option("efficientad", "what is trained", choices=list(MODELS))
+    out: str | None = option(None, "folder of the runs; default runs/DATA", metavar="DIR")
+    evaluate: str | None = option(None, "evaluate the runs in DIR, sum them up", metavar="DIR")
+
+
+@contextlib.contextmanager
+def failures(failed: dict[str, str], run: Path) -> Iterator[None]:
+    """Take note of what goes wrong with a run, and go on."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, (data.DataError, ModelError, OSError)):
+            traceback.print_exc()
+        print(f"tools.sweep: {run}: failed: {error}", file=sys.stderr)
+        failed[run.name] = str(error)
+
+
+# -------------------------------------------------------------------------------------- training
+
+
+def list_jobs(sweep: Options, base: RunOptions) -> list[RunOptions]:
+    """The options of each run, with its folder. `base`: what they have in common."""
+    categories = known = {path.name: path for path in data.list_categories(sweep.data)}
+    name, variant = Path(os.path.abspath(sweep.data)).name, getattr(base, "size", sweep.model)
+    if sweep.ablation and known:
+        raise data.DataError(f"{sweep.data}: --ablation takes one category: {', '.join(known)}")
+    if sweep.categories:
+        categories = {name: known.get(name) for name in sweep.categories.split(",")}
+    elif not categories:
+        categories = {name: data.open_category(sweep.data).root}
+    if None in categories.values():
+        unknown = ", ".join(name for name, path in categories.items() if path is None)
+        there = ", ".join(known) or "none: name the folder above it"
+        raise data.DataError(f"{sweep.data}: has no category {unknown}; it has: {there}")
+    if not (known or sweep.seeds or sweep.ablation):
+        command = f"python train.py --data {shlex.quote(sweep.data)}"
+        raise data.DataError(f"{sweep.data}: this is one run; use: {command}")
+    folder = Path(sweep.out or f"runs/{name}" + (f"-{variant}-ablation" if sweep.ablation else ""))
+    if folder.is_file() or (folder / "log.jsonl").exists():
+        raise data.DataError(f"{folder}: is not a folder of runs; choose another --out")
+    jobs = []
+    for name, path in categories.items():
+        runs = ABLATIONS[sweep.model] if sweep.ablation else {f"{name}-{variant}": {}}
+        for run, changes in runs.items():
+            for seed in dict.fromkeys(sweep.seeds or [base.seed]):
+                out = str(folder / (f"{run}-seed{seed}" if sweep.seeds else run))
+                jobs.append(
+                    replace(base, data=os.path.abspath(path), seed=seed, out=out, **changes)
+                )
+    return jobs
+
+
+def differences(job: RunOptions, held: dict) -> list[str]:
+    """What a run was begun with and `job` wants otherwise, in words."""
+    ignored, found = {"out", "resume", "checkpoint_every", "device"}, []
+    if held.get("device", job.device).split(":")[0] != job.device.split(":")[0]:
+        ignored |= BY_DEVICE
+    for name, wanted in vars(job).items():
+        value = held.get(name, wanted)
+        same = value == wanted or (name == "steps" and wanted is None)  # SimpleNet: from --epochs
+        if name in PATHS and value and wanted:
+            same = os.path.realpath(value) == os.path.realpath(wanted)
+        if not same and name not in ignored:
+            found.append(f"--{name.replace('_', '-')} {value}, not {wanted}")
+    return found
+
+
+def train_run(job: RunOptions, train: Callable[[RunOptions], Path]) -> None:
+    """Train a run, or what is left of it. Raises DataError if it was begun with other options."""
+    path, key = Path(job.out) / "model.pt", "training"
+    if not path.exists():
+        path, key = Path(job.out) / "resume.pt", "options"
+    if not path.exists():
+        train(job)
+        return
+    found = "; ".join(differences(job, read_checkpoint(path)[key]))
+    if found:
+        remedy = "choose another --out, or move this run away"
+        raise data.DataError(f"was begun with other options: {found}; {remedy}")
+    if key == "training":
+        print(f"{job.out}: finished, skipped", file=sys.stderr)
+    else:
+        print(f"{job.out}: interrupted, goes on", file=sys.stderr)
+        train(parse_options(type(job), USAGE, ["--resume", job.out, "--device", job.device]))
+
+
+def train_all(jobs: list[RunOptions], train: Callable[[RunOptions], Path]) -> None:
+    """This process's share of the runs. One that fails does not stop the others."""
+    # torchrun sets these. The shares depend on nothing else: no two processes write the same run.
+    # torchrun ends all processes as soon as one fails; so there a failed run is reported, but the
+    # exit status stays 0.
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    failed, share, folder = {}, jobs[rank::world], Path(jobs[0].out).parent
+    for job in share:
+        with failures(failed, Path(job.out)):
+            train_run(job, train)
+        with contextlib.suppress(OSError):  # --evaluate names folders without a model
+            Path(job.out).mkdir(parents=True, exist_ok=True)
+    done = f"{len(share) - len(failed)} of {len(share)} runs complete in {folder}"
+    print(f"{done}; now: python -m tools.sweep --evaluate {folder}")
+    if failed:
+        print("failed runs, which the same command tries again:", *failed, file=sys.stderr)
+        if world == 1:
+            raise SystemExit(1)
+
+
+# ------------------------------------------------------------------------------------ evaluation
+
+
+def results_of(run: Path, options: evaluate.Options) -> dict:
+    """A run's results.json. The run is evaluated first, unless it has one that is whole, newer than
+    the model, and of the data that it was trained on."""
+    path = run / "results.json"
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        results = json.loads(path.read_text())
+        new = path.stat().st_mtime >= (run / "model.pt").stat().st_mtime
+        if results["own_data"] and new and not options.tiff:
+            return results
+    print(f"{run}:", file=sys.stderr)
+    with lock(run / ".lock"):
+        remove_leftovers(run)
+        evaluate.evaluate(run, evaluate.load_run(run, options.device), options)
+    return json.loads(path.read_text())
+
+
+@torch.no_grad()
+def ablation_scores(model: EfficientAD) -> list[dict]:
+    """Image AU-ROC of a run under each map normalization that tables 3 to 5 want of it: the same
+    weights, calibrated anew on its validation images."""
+    info, size, device = model.training_info, model.image_size, model.threshold.device
+    skip_bad = info.get("skip_bad_images", False)
+    normal = data.load_normal_images(info["data"], size, info["seed"], skip_bad)
+    tests, loco = normal.category.test, normal.category.layout == "loco"
+
+    def batches(images: data.Images) -> Iterator[torch.Tensor]:
+        for i in tqdm(range(len(images)), "ablation", unit="image"):
+            yield torch.from_numpy(images[i])[None].to(device)
+
+    validation = [model.raw_maps(x) for x in batches(normal.validation)]
+    test_images = data.Images([test.path for test in tests], size, cache_bytes=0)
+    raw_maps = [model.raw_maps(x) for x in batches(test_images)]
+    entries, penalty = [], info["pretraining_images"] != "none"
+    for quantiles in normalizations(info["p_hard"], penalty):
+        if quantiles is None:
+            calibrate_gaussian(model, batches(normal.validation))
+        else:
+            model.fit_normalization(validation, *quantiles)
+        scores = [model.normalize_maps(*maps)["combined"].max().item() for maps in raw_maps]
+        by_map, defects = {"combined": np.array(scores)}, [test.defect for test in tests]
+        found = image_metrics(by_map, defects, model.threshold.item(), average_types=loco)
+        entry = {"p_hard": info["p_hard"], "penalty": penalty, "quantiles": quantiles}
+        entries.append(entry | {"image_auroc": found["image_auroc"]})
+    return entries
+
+
+def evaluate_runs(folder: Path, options: evaluate.Options) -> None:
+    """Evaluate each run where it is needed; write and print the summary. A run that fails does not
+    stop the others; it makes the exit status 1, as does an unfinished one."""
+    results, failed = {}, {}
+    for run in sorted(path.parent for path in folder.glob("*/model.pt")):
+        with failures(failed, run):
+            results[run] = results_of(run, options)
+    if is_ablation([*results.values()]):
+        for run, entry in results.items():
+            if entry["training"]["p_hard"] is None or "ablation" in entry:
+                continue
+            with failures(failed, run), lock(run / ".lock"):
+                entry["ablation"] = ablation_scores(evaluate.load_run(run, options.device))
+                write(run / "results.json", json.dumps(entry, indent=1) + "\n")
+    for run in sorted(path for path in folder.iterdir() if path.is_dir()):
+        begun = (run / "resume.pt").exists() or not holds_results(run)
+        if begun and not (run / "model.pt").exists():
+            failed[run.name] = "not trained to the end"
+    if not results and not failed:
+        raise data.DataError(f"{folder}: has no runs in it")
+    try:
+        content, sections = summarize_runs([*results.values()])
+    except ValueError as error:
+        raise data.DataError(f"{folder}: {error}") from None
+    text = "\n\n".join(f"### {title}\n\n{table(rows)}" for title, rows in sections.items()) + "\n"
+    text += "".join(f"\nfailed: {name}: {reason}\n" for name, reason in failed.items())
+    write(folder / "summary.json", json.dumps(content | {"failed": failed}, indent=1) + "\n")
+    write(folder / "summary.md", text)
+    print(f"\n{text}\nwrote {folder / 'summary.json'} and summary.md")
+    if failed:
+        raise SystemExit(1)
+
+
+def main(argv: list[str] | None = None) -> None:
+    rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if rank < gpus:  # torchrun: from here "cuda" is this process's own GPU
+        torch.cuda.set_device(rank)
+    parser = make_parser(Options, USAGE)
+    parser.allow_abbrev = False  # --seed is the training's
+    known, rest = parser.parse_known_args(argv)
+    sweep = Options(**vars(known))
+    if sweep.evaluate is not None:
+        options = parse_options(evaluate.Options, USAGE, rest)
+        if len(vars(known)) > 1 or options.run or options.images is not None:
+            parser.error("with --evaluate go only --tiff and --device")
+        evaluate_runs(Path(sweep.evaluate), options)
+        return
+    model = MODELS[sweep.model]
+    given = vars(make_parser(model.Options, USAGE).parse_args(rest))
+    if sweep.ablation and (CHOSEN & given.keys() or given.get("pretraining_images") == "none"):
+        parser.error(f"--ablation chooses {', '.join(sorted(CHOSEN))} and no penalty by itself")
+    if "resume" in given or (sweep.seeds and "seed" in given):
+        parser.error("give --seed or --seeds; --resume belongs to the training of one run")
+    try:
+        jobs = list_jobs(sweep, model.Options(data=sweep.data, **given))
+    except OptionError as error:
+        parser.error(str(error))
+    if jobs[0].device.startswith("cuda") and rank >= gpus:
+        reason = "start as many as there are, or use --device cpu"
+        raise ModelError(f"torchrun: process {rank} has no GPU of its own; {reason}")
+    train_all(jobs, model.train)
+
+
+if __name__ == "__main__":
+    run_command(main, "tools.sweep")
