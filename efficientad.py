@@ -53,7 +53,6 @@ def use_kernels(*tensors: Tensor) -> bool:
     """The one rule: kernels run where they are there and wanted (EFFICIENTAD_KERNELS is not 0), on
     GPU tensors that need no gradient, unless a graph is being exported."""
     there = KERNELS and runs_on is not None and runs_on(*tensors)
-    there = there and all(t.dtype != torch.float64 for t in tensors)
     exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     return there and not exporting and not gradient
@@ -65,9 +64,9 @@ def use_kernels(*tensors: Tensor) -> bool:
 class PDN(nn.Sequential):
     """Patch description network (section 3.1, figure 2), for teacher and student.
 
-    Normalized images N×3×H×W float -> N×`channels`×h×w. Every output vector describes a 33×33
-    patch, one each 4 pixels. h = H/4 with zero padding and H/4 − 8 without, for H a multiple of 4.
-    `size` is "small" (EfficientAD-S) or "medium" (M); raises ValueError otherwise.
+    Normalized images N×3×H×W float -> N×`channels`×h×w, each vector of a 33×33 patch, one every 4
+    pixels: h = H/4 with zero padding, H/4 − 8 without. `size` is "small" (EfficientAD-S) or
+    "medium" (M); raises ValueError otherwise.
     """
 
     def __init__(self, size: str = "small", channels: int = CHANNELS, padding: bool = False):
@@ -140,11 +139,7 @@ class Autoencoder(nn.Sequential):
 def check_image_size(image_size: tuple[int, int]) -> None:
     """Raise ValueError unless (H, W) are multiples of 32 and at least 128."""
     if len(image_size) != 2 or any(s < 128 or s % 32 for s in image_size):
-        size = "×".join(map(str, image_size))
-        raise ValueError(f"image height and width are multiples of 32 from 128 on, got {size}")
-
-
-# ------------------------------------------------------------------------------------ statistics
+        raise ValueError(f"height and width must be multiples of 32 from 128 on, got {image_size}")
 
 
 def quantile(x: Tensor, q: float) -> Tensor:
@@ -165,9 +160,8 @@ def quantile(x: Tensor, q: float) -> Tensor:
 
 
 def channel_statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and (population) standard deviation per channel over batches N×C×h×w -> two float32
-    1×C×1×1. Batches are merged in float64 with Chan's update: nothing cancels. Raises ValueError
-    if there is no batch."""
+    """Mean and (population) standard deviation per channel of batches N×C×h×w, float32 1×C×1×1.
+    Merged in float64 with Chan's update: nothing cancels. Raises ValueError without a batch."""
     count, mean, squares = 0, 0.0, 0.0
     for batch in batches:
         batch = batch.double()

@@ -4,6 +4,7 @@ import re
 import runpy
 import signal
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -134,7 +135,8 @@ def run_script(tmp_path, monkeypatch, capfd):
             if script.endswith(".py"):
                 runpy.run_path(str(ROOT / script), run_name="__main__")
             else:
-                runpy.run_module(script, run_name="__main__", alter_sys=True)
+                with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+                    runpy.run_module(script, run_name="__main__", alter_sys=True)
         except SystemExit as exit:
             status = exit.code
         return (status or 0, *capfd.readouterr())
