@@ -108,13 +108,12 @@ def list_jobs(sweep: Options, base: RunOptions) -> list[RunOptions]:
         raise data.DataError(f"{folder}: is not a folder of runs; choose another --out")
     jobs = []
     for name, path in categories.items():
+        place = "./demo" if str(path) == "demo" else str(path)  # the word is the built-in set
         runs = ABLATIONS[sweep.model] if sweep.ablation else {f"{name}-{variant}": {}}
         for run, changes in runs.items():
             for seed in dict.fromkeys(sweep.seeds or [base.seed]):
                 out = str(folder / (f"{run}-seed{seed}" if sweep.seeds else run))
-                jobs.append(
-                    replace(base, data=os.path.abspath(path), seed=seed, out=out, **changes)
-                )
+                jobs.append(replace(base, data=place, seed=seed, out=out, **changes))
     return jobs
 
 
