@@ -8,7 +8,7 @@ all that is needed to score an image.
     model = EfficientAD(size="small", image_size=(256, 256))
     model.teacher.load_state_dict(torch.load("weights/teacher_small.pt"))
     model.fit_teacher_statistics(batches)                    # normal images, N×3×256×256
-    losses = model.losses(images, augmented, pretraining)    # I, J and P; train.py has the loop
+    losses = model.losses(images, augmented, pretraining)    # I, J and P, each N×3×256×256
     sum(losses.values()).backward()
     model.calibrate(validation_batches)                      # normal images held out of training
     model.save("model.pt")
@@ -37,7 +37,7 @@ try:
     from kernels import quantile as quantile_kernel
 except Exception as error:
     runs_on = None
-    if getattr(error, "name", "") != "kernels":  # else this file was copied alone
+    if not (isinstance(error, ModuleNotFoundError) and error.name == "kernels"):
         warnings.warn(f"kernels/ cannot be used, plain torch computes the same: {error!r}")
 
 CHANNELS = 384  # C, the teacher's output channels
@@ -50,8 +50,8 @@ class ModelError(ValueError):
 
 
 def use_kernels(*tensors: Tensor) -> bool:
-    """The one rule: kernels run where they are there and wanted (EFFICIENTAD_KERNELS is not 0), on
-    GPU tensors that need no gradient, unless a graph is being exported."""
+    """The one rule: a kernel runs if kernels/ was imported and EFFICIENTAD_KERNELS is not 0, on GPU
+    tensors that need no gradient, unless a graph is being exported."""
     there = KERNELS and runs_on is not None and runs_on(*tensors)
     exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
@@ -64,9 +64,9 @@ def use_kernels(*tensors: Tensor) -> bool:
 class PDN(nn.Sequential):
     """Patch description network (section 3.1, figure 2), for teacher and student.
 
-    Normalized images N×3×H×W float -> N×`channels`×h×w, each vector of a 33×33 patch, one every 4
-    pixels: h = H/4 with zero padding, H/4 − 8 without. `size` is "small" (EfficientAD-S) or
-    "medium" (M); raises ValueError otherwise.
+    Normalized images N×3×H×W float -> N×`channels`×h×w. Each output vector describes a 33×33 patch;
+    patches are 4 pixels apart. h = H/4 with zero padding, H/4 − 8 without. `size` is "small"
+    (EfficientAD-S) or "medium" (M); raises ValueError otherwise.
     """
 
     def __init__(self, size: str = "small", channels: int = CHANNELS, padding: bool = False):
@@ -199,7 +199,7 @@ def hard_feature_loss(teacher: Tensor, student: Tensor, p_hard: float = 0.999) -
 
 
 def pretraining_penalty(student: Tensor) -> Tensor:
-    """Mean of S(P)² (section 3.2): the student shall not imitate the teacher on other images."""
+    """Mean of S(P)² (section 3.2): the student should not imitate the teacher on other images."""
     return student.float().square().mean()
 
 
@@ -242,7 +242,7 @@ class EfficientAD(nn.Module):
         self.autoencoder = Autoencoder(image_size, self.map_size)
         self.register_buffer("teacher_mean", torch.zeros(1, CHANNELS, 1, 1))
         self.register_buffer("teacher_std", torch.ones(1, CHANNELS, 1, 1))
-        self.register_buffer("quantiles", torch.tensor([[0.0, 0.1], [0.0, 0.1]]))  # changes no map
+        self.register_buffer("quantiles", torch.tensor([[0.0, 0.1], [0.0, 0.1]]))  # identity
         self.register_buffer("threshold", torch.tensor(math.inf))
         for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
@@ -278,13 +278,14 @@ class EfficientAD(nn.Module):
 
     def normalize(self, images: Tensor) -> Tensor:
         """Images N×3×H×W, uint8 0–255 or float 0–1 -> float32 with ImageNet's mean and standard
-        deviation. Raises ValueError for another shape, TypeError for another dtype."""
+        deviation. Raises ValueError for another shape or, on the CPU, floats outside 0–1 (a GPU
+        would have to wait for that check), TypeError for another dtype."""
         self.check_shape(images)
         if images.dtype == torch.uint8:
             images = images.float() / 255
         elif not images.is_floating_point():
             raise TypeError(f"images must be uint8 (0–255) or float (0–1), got {images.dtype}")
-        elif images.device.type == "cpu" and not torch.compiler.is_exporting():  # no waiting there
+        elif images.device.type == "cpu" and not torch.compiler.is_exporting():
             low, high = images.aminmax()
             if not (low > -0.1 and high < 1.1):  # NaN neither
                 raise ValueError(f"float images must be in 0–1, got {low:.3g} to {high:.3g}")

@@ -50,6 +50,7 @@ class Options:
 
 
 def newest_run() -> Path:
+    """The run in runs/, or in a collection's folder there, that was trained last."""
     models = [*Path("runs").glob("*/model.pt"), *Path("runs").glob("*/*/model.pt")]
     if not models:
         raise data.DataError("runs/: no trained model; run train.py first, or name one with --run")
@@ -83,7 +84,7 @@ def score_folder(run: Path, model: nn.Module, options: Options) -> None:
     folder, rows, skipped = Path(options.images), [], []
     with report.new_overlays(run / "images") as overlays:
         for path in tqdm(data.list_images(folder, recursive=True), "scoring", unit="image"):
-            name, unlike = str(path.relative_to(folder)), []
+            name, odd = str(path.relative_to(folder)), []
             try:
                 image, maps, scores = predict(model, path)
             except data.DataError as error:
@@ -94,9 +95,9 @@ def score_folder(run: Path, model: nn.Module, options: Options) -> None:
                 skipped.append([name, str(error)])
                 continue
             if "appearance" in info:
-                unlike = data.differences(data.appearance_of(image), info["appearance"])
+                odd = data.differences(data.appearance_of(image), info["appearance"])
             anomalous = int(next(iter(scores.values())) > scale[1])
-            rows.append([name, *scores.values(), anomalous, ", ".join(unlike)])
+            rows.append([name, *scores.values(), anomalous, ", ".join(odd)])
             write(overlays / f"{name}.png", report.overlay(image, None, maps, scores, scale))
         if not rows:
             reason = f"none of its {len(skipped)} images can be read; the first: {skipped[0][1]}"
@@ -109,7 +110,7 @@ def score_folder(run: Path, model: nn.Module, options: Options) -> None:
     meaning = f"threshold {scale[1]:.4f}: {threshold_meaning(info.get('validation_images'))}"
     report.write_scores(run / "images", [header, *rows], skipped, meaning)
     if "appearance" not in info:
-        print("the model does not say how its training images looked: unlike ones are not marked")
+        print("how its training images looked is not in the model: unusual images are not marked")
 
 
 def find_tests(run: Path, model: nn.Module, name: str | None) -> tuple[data.Category, Path]:
@@ -155,7 +156,10 @@ def evaluate(run: Path, model: nn.Module, options: Options) -> dict:
 
     # Measure: which images are defective, and where.
     defects = [sample.defect for sample in category.test]
-    by_map = {name: np.array([entry["scores"][name] for entry in entries]) for name in scores}
+    by_map = {
+        name: np.array([entry["scores"][name] for entry in entries])
+        for name in entries[0]["scores"]
+    }
     results = {"category": category.name, "data": str(category.root.resolve())}
     results |= metrics.image_metrics(by_map, defects, scale[1], average_types=loco)
     areas, curves = metrics.localization_metrics(full_maps, truths, defects, saturated=loco)

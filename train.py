@@ -10,22 +10,18 @@ choice of a step is a function of the seed and the step's number, so a resumed r
 uninterrupted one.
 """
 
-import os
-import shlex
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from efficientad import EfficientAD, ModelError, check_image_size
 from support.checkpoints import load_teacher
-from support.data import DataError, Images, is_demo, list_categories, load_normal_images
-from support.options import OptionError, RunOptions, option, parse_options
+from support.data import DataError, is_demo, load_normal_images
+from support.options import OptionError, RunOptions, option, parse_options, refuse_several_runs
 from support.runs import Run, check_free, run_command
 from support.tiling import TiledEfficientAD
 from support.training import (
@@ -37,6 +33,7 @@ from support.training import (
     fast_losses,
     keep_on_device,
     make_adam,
+    one_by_one,
     outputs_fit,
     prepare_torch,
     pretraining_images,
@@ -46,7 +43,8 @@ from support.training import (
 )
 
 PAPER_STEPS, CPU_STEPS = 70000, 1500
-PAPER_LR, SHORT_LR = 1e-4, 3e-4  # the latter below 10,000 steps: it learned faster on bottle
+PAPER_LR = 1e-4
+SHORT_LR = 3e-4  # below 10,000 steps: it learned faster on MVTec AD's bottle
 USAGE = "python train.py [--data DIR] [options]"
 
 
@@ -54,6 +52,7 @@ USAGE = "python train.py [--data DIR] [options]"
 class Options(RunOptions):
     """Train EfficientAD on normal images. The paper's values are the defaults."""
 
+    command = "python train.py"
     size: str = option("small", "EfficientAD-S or -M", choices=["small", "medium"])
     steps: int | None = option(None, f"default {PAPER_STEPS}; {CPU_STEPS} without a GPU")
     teacher: str | None = option(None, "default weights/teacher_SIZE.pt", metavar="FILE")
@@ -61,7 +60,7 @@ class Options(RunOptions):
         None, "photos for the penalty, or none; default crops of two photographs", metavar="DIR"
     )
     padding: bool = option(False, "zero padding inside teacher and student; not in the paper")
-    lr: float | None = option(None, "Adam's; default 1e-4, 3e-4 below 10,000 steps")
+    lr: float | None = option(None, "learning rate of Adam; default 1e-4, 3e-4 below 10,000 steps")
     p_hard: float = option(0.999, "mining factor of the hard feature loss; 0: none")
     a: float = option(0.9, "map normalization: the quantile that becomes 0")
     b: float = option(0.995, "map normalization: the quantile that becomes 0.1")
@@ -83,13 +82,13 @@ class Options(RunOptions):
         self.check_rate(self.lr)
         if self.steps < 1 or not 0 <= self.p_hard <= 1 or not 0 <= self.a < self.b <= 1:
             raise OptionError("need --steps >= 1, 0 <= --p-hard <= 1 and 0 <= --a < --b <= 1")
-        if self.map_normalization == "gaussian" and (self.a, self.b) != (0.9, 0.995):
+        if self.map_normalization == "gaussian" and (self.a, self.b) != (Options.a, Options.b):
             raise OptionError("--a and --b belong to --map-normalization quantile")
         weights = Path(__file__).parent / "weights"
         self.teacher = self.teacher or str(weights / f"teacher_{self.size}.pt")
         if not self.resume and not Path(self.teacher).exists():
-            remedy = f"make one with: python -m tools.distill --size {self.size} --images PHOTOS"
-            raise ModelError(f"{self.teacher}: no such teacher; {remedy} (see weights/README.md)")
+            remedy = f"make one with python -m tools.distill --size {self.size}"
+            raise ModelError(f"{self.teacher}: no such teacher; {remedy}, see weights/README.md")
 
 
 def losses_of(batch: dict[str, Tensor], model: EfficientAD, p_hard: float) -> dict[str, Tensor]:
@@ -107,10 +106,6 @@ def train(options: Options) -> Path:
     device, size, n = torch.device(options.device), tuple(options.image_size), options.batch_size
     prepare_torch(options.seed)
     check_free(options)
-
-    def each(images: Images | Tensor, purpose: str) -> Iterator[Tensor]:
-        for i in tqdm(range(len(images)), purpose, unit="image"):
-            yield torch.as_tensor(images[i])[None].to(device)
 
     # Data: normal images I, a tenth of them (or the set's own validation images) held out, and
     # photos P. All normal images are decoded now: a damaged one is not found an hour later.
@@ -139,11 +134,11 @@ def train(options: Options) -> Path:
     # are kept if the run sees an image more than once.
     images = keep_on_device(normal.training, device)
     if run.step == 0:
-        model.fit_teacher_statistics(each(images, "teacher statistics"))
-    seen_again = len(images) <= options.steps * n
+        model.fit_teacher_statistics(one_by_one(images, device, "teacher statistics"))
     streams = {"images": batches_of(images, run.left(options.steps), n, options.seed, 0)}
-    if seen_again and outputs_fit(model, len(images), options.precision):
-        teacher = teacher_outputs(model, each(images, "teacher outputs"), options.precision)
+    if len(images) <= options.steps * n and outputs_fit(model, len(images), options.precision):
+        each = one_by_one(images, device, "teacher outputs")
+        teacher = teacher_outputs(model, each, options.precision)
         streams["teacher"] = batches_of(teacher, run.left(options.steps), n, options.seed, 0)
     if photos is not None:
         streams["photos"] = batches_of(photos, run.left(options.steps), n, options.seed, 1)
@@ -160,24 +155,20 @@ def train(options: Options) -> Path:
         run.record(step, take_step({**batch, "draws": draw(n)}), options.lr * factor)
 
     # Map normalization and threshold from the validation images (section 3.4).
+    each = one_by_one(normal.validation, device, "calibration")
     if options.map_normalization == "gaussian":
-        calibrate_gaussian(model, each(normal.validation, "calibration"))
+        calibrate_gaussian(model, each)
     else:
-        model.calibrate(each(normal.validation, "calibration"), options.a, options.b)
+        model.calibrate(each, options.a, options.b)
     return run.finish(model)
 
 
 def main(argv: list[str] | None = None) -> Path:
     argv = sys.argv[1:] if argv is None else argv
-    words = {word.split("=")[0] for word in argv}
-    if "--model" in words:
-        raise DataError("train.py trains EfficientAD; for SimpleNet: python -m baselines.simplenet")
-    several = {"--seeds", "--ablation", "--categories"} & words
-    options = None if several else parse_options(Options, USAGE, argv)
-    if several or list_categories(options.data) or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        command = shlex.join(["python", "-m", "tools.sweep", *argv])
-        raise DataError(f"these are several runs; train.py trains one. Use: {command}")
-    return train(options)
+    refuse_several_runs(argv, "")
+    if "--model" in argv:
+        raise DataError("--model is gone; for SimpleNet use: python -m baselines.simplenet")
+    return train(parse_options(Options, USAGE, argv))
 
 
 if __name__ == "__main__":

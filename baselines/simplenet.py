@@ -13,6 +13,7 @@ normal images from the same with Gaussian noise. At test time −D is the anomal
 
 import copy
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +21,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from efficientad import IMAGENET_MEAN, IMAGENET_STD, EfficientAD, ModelError
 from support.backbone import ARCHITECTURES, PatchFeatures, ResNet, fold_batch_norms, load_weights
 from support.checkpoints import all_finite, load_model, write_checkpoint
 from support.data import is_demo, load_normal_images
 from support.fast import DTYPES, BatchGraphs, choose_precision
-from support.options import OptionError, RunOptions, option, parse_options
+from support.options import OptionError, RunOptions, option, parse_options, refuse_several_runs
 from support.runs import Run, check_free, run_command
-from support.training import Step, batches_of, make_adam, prepare_torch
+from support.training import Step, batches_of, make_adam, one_by_one, prepare_torch
 
 CHANNELS, HIDDEN = 1536, 1024  # of a feature, of the discriminator's hidden layer
 EPOCHS, CPU_EPOCHS = 160, 40  # the former is the paper's
@@ -248,6 +248,7 @@ def integers(text: str) -> list[int]:
 class Options(RunOptions):
     """Train SimpleNet on normal images. The paper's values are the defaults."""
 
+    command = "python -m baselines.simplenet"
     backbone: str = option("wide_resnet50_2", "the frozen trunk", choices=list(ARCHITECTURES))
     backbone_weights: str | None = option(None, "torchvision's file of it", metavar="FILE")
     image_size: list[int] | None = option(None, "H W, or one number; default 329, demo set 128")
@@ -317,12 +318,13 @@ def train(options: Options) -> Path:
         run.record(step, take_step({"features": next(batches)}), options.lr)
 
     # Threshold and floor from the validation images.
-    indices = tqdm(range(len(normal.validation)), "calibration", unit="image")
-    model.calibrate(torch.as_tensor(normal.validation[i])[None].to(device) for i in indices)
+    model.calibrate(one_by_one(normal.validation, device, "calibration"))
     return run.finish(model)
 
 
 def main(argv: list[str] | None = None) -> Path:
+    argv = sys.argv[1:] if argv is None else argv
+    refuse_several_runs(argv, "--model simplenet")
     return train(parse_options(Options, USAGE, argv))
 
 

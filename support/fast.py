@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from efficientad import EfficientAD, ModelError, use_kernels
-from kernels import combined_map
 from support.tiling import TiledEfficientAD
 
+FOR_INFERENCE = "the fast form is for inference: train, calibrate and save its model"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -97,6 +97,8 @@ class FastEfficientAD(TiledEfficientAD):
         """Images -> combined map and score; with the kernels one resize serves both maps."""
         if not use_kernels(self.quantiles) or self.oversized(images):
             return super().forward(images)
+        from kernels import combined_map  # there, since kernels run
+
         m = self.resize(combined_map(*self.features(images), self.quantiles))
         return m, m.amax((1, 2, 3))
 
@@ -106,10 +108,14 @@ class FastEfficientAD(TiledEfficientAD):
         maps, scores = zip(*(self.passes(image) for image in images.split(1)))
         return torch.cat(maps), torch.cat(scores)
 
-    def save(self, *_):
-        raise TypeError("the fast form is for inference: train, calibrate and save its model")
+    def losses(self, *_) -> None:
+        raise TypeError(FOR_INFERENCE)
 
-    losses = fit_teacher_statistics = calibrate = save
+    def calibrate(self, *_) -> None:
+        raise TypeError(FOR_INFERENCE)
+
+    def checkpoint(self) -> None:
+        raise TypeError(FOR_INFERENCE)
 
 
 class Graphed:

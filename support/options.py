@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+import os
 import shlex
 import types
 import typing
@@ -12,6 +13,7 @@ import torch
 
 from efficientad import ModelError
 from support.checkpoints import read_checkpoint
+from support.data import DataError, list_categories
 from support.fast import cpu_has_bf16
 
 
@@ -84,6 +86,9 @@ def saved_options(folder: Path, cls: type) -> dict:
         remedy = f"start it again, with --out {shlex.quote(str(folder))}"
         raise ModelError(f"{folder}: interrupted before anything was saved; {remedy}")
     state = read_checkpoint(path)
+    if state.get("command", cls.command) != cls.command:
+        command = f"{state['command']} --resume {shlex.quote(str(folder))}"
+        raise ModelError(f"{path}: a run of another kind; go on with: {command}")
     names = {field.name for field in dataclasses.fields(cls)}
     if state.get("format") != "run" or not set(state["options"]) <= names:
         raise ModelError(f"{path}: of another program or an earlier version; start the run again")
@@ -94,14 +99,15 @@ def saved_options(folder: Path, cls: type) -> dict:
 class RunOptions:
     """What every training run has."""
 
+    command: typing.ClassVar[str]  # what starts such a run
     data: str = option("demo", "a category's folder, a folder of normal images, or demo")
     image_size: list[int] | None = option(None, "height and width, or one number for both")
-    batch_size: int = option(1, "images a step")
-    seed: int = option(0, "of all random choices")
+    batch_size: int = option(1, "images in a step")
+    seed: int = option(0, "seed of all random choices")
     device: str | None = option(None, "cuda or cpu; default cuda if there is one")
     precision: str = option(
         "auto",
-        "of the step; auto: bf16 where the hardware has it",
+        "of the training step; auto: bf16 if the hardware has it",
         choices=["auto", "fp32", "bf16"],
     )
     out: str | None = option(None, "run folder; default runs/DATA-MODEL", metavar="DIR")
@@ -126,6 +132,19 @@ class RunOptions:
     def check_rate(self, lr: float) -> None:
         if not 0 < lr < math.inf:
             raise OptionError("need --lr > 0")
+
+
+def refuse_several_runs(argv: list[str], model: str) -> None:
+    """Raise DataError, with the command of tools.sweep, if a command line of one run's training
+    names several seeds, an ablation, or a folder of categories."""
+    words = [word.split("=")[0] for word in argv]
+    values = dict(zip(words, [*argv[1:], ""])) | dict(w.split("=", 1) for w in argv if "=" in w)
+    several = {"--seeds", "--ablation", "--categories"} & {*words}
+    if "--resume" not in words and (several or list_categories(values.get("--data", "demo"))):
+        command = shlex.join(["python", "-m", "tools.sweep", *model.split(), *argv])
+        raise DataError(f"these are several runs; this command trains one. Use: {command}")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise DataError("torchrun shares several runs (torchrun -m tools.sweep); this is one run")
 
 
 def pick_device(name: str | None = None) -> torch.device:

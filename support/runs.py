@@ -276,7 +276,7 @@ class Run:
         seconds = self.seconds + time.time() - self.started
         state = {"format": "run", "options": options, "step": self.step, "seconds": seconds}
         state |= {"files": self.files, "errors": dict(self.errors)}
-        state |= {"threads": torch.get_num_threads()}
+        state |= {"threads": torch.get_num_threads(), "command": self.options.command}
         state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         write_checkpoint(state, self.folder / "resume.pt")
 
@@ -295,7 +295,8 @@ class Run:
                     self.save()
                     saved = time.time()
                 if interrupt.asked:
-                    command = f"--resume {shlex.quote(str(self.folder))}"
+                    folder = shlex.quote(str(self.folder))
+                    command = f"{self.options.command} --resume {folder}"
                     print(
                         f"\ninterrupted after {self.step} steps; go on with {command}",
                         file=sys.stderr,
@@ -318,7 +319,7 @@ class Run:
         """Write the calibrated model, and how it was trained, as model.pt: the run is complete."""
         own, normal = ("resume", "out", "checkpoint_every"), self.normal
         skipped = normal.skipped + [error for _, error in sorted(self.errors.items())]
-        info = {name: v for name, v in vars(self.options).items() if name not in own}
+        info = {k: absolute(k, v) for k, v in vars(self.options).items() if k not in own}
         info |= {"category": normal.category.name, "data": str(normal.category.root.resolve())}
         info |= {"training_images": len(normal.training), "appearance": normal.appearance}
         info |= {"validation_images": len(normal.validation), "skipped_images": skipped}

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from efficientad import (
     CHANNELS,
@@ -61,6 +62,12 @@ def batches_of(images: Sequence, steps: range, batch_size: int, *seed: int) -> I
     return in_turn(lambda step: shuffled(images, step, batch_size, *seed), steps)
 
 
+def one_by_one(images: Sequence, device: torch.device, purpose: str) -> Iterator[Tensor]:
+    """Each image as a batch 1×3×H×W on the device, under a progress bar."""
+    for i in tqdm(range(len(images)), purpose, unit="image"):
+        yield torch.as_tensor(images[i])[None].to(device)
+
+
 def keep_on_device(images: Images, device: torch.device) -> Images | Tensor:
     """All images as uint8 N×3×H×W on the device, if they take no more than KEPT_BYTES."""
     if len(images) * 3 * math.prod(images.size) > KEPT_BYTES:
@@ -108,7 +115,7 @@ def turn_gray(images: Tensor, gray: Tensor) -> Tensor:
 def fast_losses(
     model: EfficientAD,
     images: tuple[Tensor, Tensor, Tensor | None],
-    p_hard: float = 0.999,
+    p_hard: float,
     teacher: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """`EfficientAD.losses` of the images (I, J, P) with less work. The student runs once over all
@@ -209,16 +216,22 @@ class Step:
         return {name: loss.detach() for name, loss in losses.items()}
 
 
-@torch.no_grad()
-def calibrate_gaussian(model: EfficientAD, batches: Iterable[Tensor]) -> None:
-    """The ablation's baseline in place of `EfficientAD.calibrate`: mean 0 and variance 1 over all
-    pixels of all maps. It is the same linear map with q_a = μ and q_b = μ + 0.1·σ."""
-    raw, quantiles = [model.eval().raw_maps(x) for x in batches], []
+def fit_gaussian(model: EfficientAD, raw: list) -> None:
+    """The ablation's baseline in place of `EfficientAD.fit_normalization`: mean 0 and variance 1
+    over all pixels of all `raw_maps`, the same linear map with q_a = μ and q_b = μ + 0.1·σ."""
+    quantiles = []
     for maps in zip(*raw):
         pixels = torch.cat(maps).double()
         mean, std = pixels.mean(), pixels.std(correction=0)
         quantiles.append([mean, mean + 0.1 * std])
     model.set_quantiles(raw, quantiles)
+
+
+@torch.no_grad()
+def calibrate_gaussian(model: EfficientAD, batches: Iterable[Tensor]) -> None:
+    """`fit_gaussian` in place of `EfficientAD.calibrate`."""
+    model.eval()
+    fit_gaussian(model, [model.raw_maps(x) for x in batches])
 
 
 def pretraining_images(

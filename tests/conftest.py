@@ -17,9 +17,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from efficientad import EfficientAD  # noqa: E402
-from support import demo  # noqa: E402
+from support import data, demo  # noqa: E402
 from support.checkpoints import load_teacher  # noqa: E402
-from support.data import appearance_of, appearance_range, list_images, read_image, to_array  # noqa: E402
 from support.tiling import TiledEfficientAD  # noqa: E402
 from support.training import Step, draw, make_adam  # noqa: E402
 from train import losses_of  # noqa: E402
@@ -52,7 +51,7 @@ def model():
     model = EfficientAD(image_size=(128, 128))
     model.fit_teacher_statistics([torch.rand(2, 3, 128, 128)])
     model.calibrate([torch.rand(2, 3, 128, 128)])
-    appearance = appearance_range([appearance_of(PHOTO)])
+    appearance = data.appearance_range([data.appearance_of(PHOTO)])
     model.training_info = {"validation_images": 2, "appearance": appearance}
     return model
 
@@ -94,9 +93,11 @@ def tiny_demo(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def demo_images(tiny_demo) -> torch.Tensor:
     """The tiny demo set's training and test images, uint8 N×3×128×128."""
-    paths = list_images(tiny_demo / "train/good")
-    paths += list_images(tiny_demo / "test", recursive=True)
-    return torch.stack([torch.from_numpy(to_array(read_image(p), DEMO_SIZE)) for p in paths])
+    paths = data.list_images(tiny_demo / "train/good")
+    paths += data.list_images(tiny_demo / "test", recursive=True)
+    return torch.stack(
+        [torch.from_numpy(data.to_array(data.read_image(p), DEMO_SIZE)) for p in paths]
+    )
 
 
 @pytest.fixture

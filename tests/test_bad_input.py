@@ -382,6 +382,7 @@ def test_training_states_that_cannot_be_resumed(model, run_script, tmp_path):
             "of another program or an earlier version",
         ),
         (good | {"options": {"device": "abacus"}}, "--device abacus: torch cannot use it"),
+        (good | {"command": "other"}, "a run of another kind; go on with: other --resume cut"),
         (good | {"model": PDN().state_dict()}, "damaged, or of another model"),
         ({k: v for k, v in good.items() if k != "step"}, "damaged, or of another model"),
         (good, "damaged, or of another model"),  # its optimizer

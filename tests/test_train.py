@@ -71,12 +71,16 @@ def test_every_option_reaches_the_model(command, run_script, tmp_path):
         assert torch.equal(weight, expected.float())
 
 
-def test_a_command_for_several_runs_is_answered_with_the_sweeps(command, run_script, tmp_path):
+def test_a_command_for_several_runs_names_the_sweeps(command, run_script, tmp_path, monkeypatch):
     put(tmp_path / "many/a/train/good/0.png")
     for options in (("--seeds", "0,1"), ("--ablation",), ("--data", "many"), ("--seeds=0,1",)):
         result = run_script(*command, *options)
         assert_refused(result, "Use: python -m tools.sweep --data part", *options)
     assert_refused(run_script("train.py", "--model", "simplenet"), "python -m baselines.simplenet")
+    result = run_script("baselines.simplenet", "--data", "many")
+    assert_refused(result, "Use: python -m tools.sweep --model simplenet --data many")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert_refused(run_script(*command), "this is one run")
 
 
 def test_help_fits_a_screen(run_script, monkeypatch):

@@ -17,12 +17,11 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import evaluate
 import train
@@ -34,7 +33,7 @@ from support.metrics import image_metrics
 from support.options import OptionError, RunOptions, make_parser, option, parse_options
 from support.report import table
 from support.runs import holds_results, lock, remove_leftovers, run_command, write
-from support.training import calibrate_gaussian
+from support.training import fit_gaussian, one_by_one
 from tools.summary import is_ablation, normalizations, summarize_runs
 
 USAGE = "python -m tools.sweep --data DIR [options of the training] | --evaluate DIR [--tiff]"
@@ -101,7 +100,7 @@ def list_jobs(sweep: Options, base: RunOptions) -> list[RunOptions]:
         there = ", ".join(known) or "none: name the folder above it"
         raise data.DataError(f"{sweep.data}: has no category {unknown}; it has: {there}")
     if not (known or sweep.seeds or sweep.ablation):
-        command = f"python train.py --data {shlex.quote(sweep.data)}"
+        command = f"{base.command} --data {shlex.quote(sweep.data)}"
         raise data.DataError(f"{sweep.data}: this is one run; use: {command}")
     folder = Path(sweep.out or f"runs/{name}" + (f"-{variant}-ablation" if sweep.ablation else ""))
     if folder.is_file() or (folder / "log.jsonl").exists():
@@ -117,13 +116,13 @@ def list_jobs(sweep: Options, base: RunOptions) -> list[RunOptions]:
     return jobs
 
 
-def differences(job: RunOptions, held: dict) -> list[str]:
+def changed_options(job: RunOptions, known: dict) -> list[str]:
     """What a run was begun with and `job` wants otherwise, in words."""
     ignored, found = {"out", "resume", "checkpoint_every", "device"}, []
-    if held.get("device", job.device).split(":")[0] != job.device.split(":")[0]:
+    if known.get("device", job.device).split(":")[0] != job.device.split(":")[0]:
         ignored |= BY_DEVICE
     for name, wanted in vars(job).items():
-        value = held.get(name, wanted)
+        value = known.get(name, wanted)
         same = value == wanted or (name == "steps" and wanted is None)  # SimpleNet: from --epochs
         if name in PATHS and value and wanted:
             same = os.path.realpath(value) == os.path.realpath(wanted)
@@ -140,7 +139,7 @@ def train_run(job: RunOptions, train: Callable[[RunOptions], Path]) -> None:
     if not path.exists():
         train(job)
         return
-    found = "; ".join(differences(job, read_checkpoint(path)[key]))
+    found = "; ".join(changed_options(job, read_checkpoint(path)[key]))
     if found:
         remedy = "choose another --out, or move this run away"
         raise data.DataError(f"was begun with other options: {found}; {remedy}")
@@ -199,17 +198,15 @@ def ablation_scores(model: EfficientAD) -> list[dict]:
     normal = data.load_normal_images(info["data"], size, info["seed"], skip_bad)
     tests, loco = normal.category.test, normal.category.layout == "loco"
 
-    def batches(images: data.Images) -> Iterator[torch.Tensor]:
-        for i in tqdm(range(len(images)), "ablation", unit="image"):
-            yield torch.from_numpy(images[i])[None].to(device)
-
-    validation = [model.raw_maps(x) for x in batches(normal.validation)]
     test_images = data.Images([test.path for test in tests], size, cache_bytes=0)
-    raw_maps = [model.raw_maps(x) for x in batches(test_images)]
+    validation, raw_maps = (
+        [model.raw_maps(x) for x in one_by_one(images, device, "ablation")]
+        for images in (normal.validation, test_images)
+    )
     entries, penalty = [], info["pretraining_images"] != "none"
     for quantiles in normalizations(info["p_hard"], penalty):
         if quantiles is None:
-            calibrate_gaussian(model, batches(normal.validation))
+            fit_gaussian(model, validation)
         else:
             model.fit_normalization(validation, *quantiles)
         scores = [model.normalize_maps(*maps)["combined"].max().item() for maps in raw_maps]
@@ -270,7 +267,9 @@ def main(argv: list[str] | None = None) -> None:
     model = MODELS[sweep.model]
     given = vars(make_parser(model.Options, USAGE).parse_args(rest))
     if sweep.ablation and (CHOSEN & given.keys() or given.get("pretraining_images") == "none"):
-        parser.error(f"--ablation chooses {', '.join(sorted(CHOSEN))} and no penalty by itself")
+        own = CHOSEN & {field.name for field in fields(model.Options)}
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(own))
+        parser.error(f"--ablation chooses {names} and the penalty by itself")
     if "resume" in given or (sweep.seeds and "seed" in given):
         parser.error("give --seed or --seeds; --resume belongs to the training of one run")
     try:
