@@ -102,10 +102,10 @@ def score_folder(run: Path, model: nn.Module, options: Options) -> None:
         if not rows:
             reason = f"none of its {len(skipped)} images can be read; the first: {skipped[0][1]}"
             raise data.DataError(f"{folder}: {reason}")
-    for name in sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file()):
-        hidden = any(part[0] == "." for part in name.parts)
-        if not hidden and name.suffix.lower() not in data.SUFFIXES:
-            skipped.append([name, "a file of another kind"])
+    for file in sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file()):
+        hidden = any(part[0] == "." for part in file.parts)
+        if not hidden and file.suffix.lower() not in data.SUFFIXES:
+            skipped.append([file, "a file of another kind"])
     header = ["image", *report.scores_header(scores), "anomalous", "unlike_training"]
     meaning = f"threshold {scale[1]:.4f}: {threshold_meaning(info.get('validation_images'))}"
     report.write_scores(run / "images", [header, *rows], skipped, meaning)

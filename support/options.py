@@ -107,7 +107,7 @@ class RunOptions:
     device: str | None = option(None, "cuda or cpu; default cuda if there is one")
     precision: str = option(
         "auto",
-        "of the training step; auto: bf16 if the hardware has it",
+        "precision of the training step; auto: bf16 if the hardware has it",
         choices=["auto", "fp32", "bf16"],
     )
     out: str | None = option(None, "run folder; default runs/DATA-MODEL", metavar="DIR")

@@ -97,8 +97,7 @@ def write(path: Path, content: str | bytes | Image.Image) -> None:
 
 
 def fingerprint(paths: list[Path], root: str | Path | None = None) -> int:
-    """Of file names, below `root` if it is given: tells whether files came or went while a run was
-    interrupted."""
+    """A number that changes when files come or go; their names count, below `root` if given."""
     names = [os.path.relpath(path, root) if root else str(path) for path in paths]
     return zlib.crc32("\n".join(names).encode(errors="surrogateescape"))
 

@@ -156,8 +156,8 @@ def take_turns(functions: dict[str, Callable], budget: float) -> dict[str, dict]
 
 
 def milliseconds(function: Callable, device: torch.device) -> float:
-    """Of a call by itself. On a GPU the calls are one CUDA graph: launching a short kernel takes
-    the host longer than the kernel takes. Arguments that fit come from the cache."""
+    """The time of a call by itself. On a GPU the calls are one CUDA graph: the host takes longer to
+    launch a short kernel than the kernel takes. Arguments that fit come from the cache."""
     if device.type == "cpu":
         return take_turns({"": function}, 0.2)[""]["median ms"]
     from triton.testing import do_bench_cudagraph

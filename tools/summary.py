@@ -114,8 +114,8 @@ def cells(columns: dict[str, str], rows: list[dict]) -> list[list[str]]:
 
 
 def summarize_collection(results: list[dict], size: str) -> dict:
-    """Of the runs of one `variant`: categories {name: {"seeds", metric: `spread`}}, the mean over
-    categories, seed by seed, for the seeds that all have, and the paper's values. "collection" is
+    """One `variant` in numbers: categories {name: {"seeds", metric: `spread`}}, the mean
+    over categories, seed by seed, for the seeds that all have, the paper's values. "collection" is
     None unless the categories are exactly those of one. Raises ValueError for two runs of one
     category and seed."""
     results, runs, seeds = [r for r in results if variant(r["training"]) == size], {}, {}

@@ -62,7 +62,7 @@ class Options:
     """Train several runs, one after another; or evaluate the runs in a folder."""
 
     data: str = option("demo", "a folder of categories, or one category")
-    categories: str | None = option(None, "of a folder of categories only these", metavar="A,B")
+    categories: str | None = option(None, "only these of a folder of categories", metavar="A,B")
     seeds: list[int] = option([], "a run each", type=simplenet.integers, nargs=None, metavar="0,1")
     ablation: bool = option(False, "the trainings behind tables 3 to 5, or SimpleNet's options")
     model: str = option("efficientad", "what is trained", choices=list(MODELS))
