@@ -36,6 +36,7 @@ class Options:
     run: str | None = option(None, "run folder; default the newest in runs/", metavar="DIR")
     data: str | None = option(None, "category to test on; default the run's own", metavar="DIR")
     images: str | None = option(None, "score the images in DIR instead", metavar="DIR")
+    out: str | None = option(None, "with --images: folder of the results", metavar="DIR")
     tiff: bool = option(False, "also write anomaly maps of the images' size, float32")
     skip_bad_images: bool = option(False, "with --images: leave out and list unreadable files")
     device: str | None = option(None, "cuda or cpu; default cuda if there is one")
@@ -44,9 +45,8 @@ class Options:
         self.device = str(pick_device(self.device))
         if self.images is not None and (self.data or self.tiff):
             raise OptionError("--images scores unlabelled images, without --data and --tiff")
-        if self.skip_bad_images and self.images is None:
-            reason = "test images that are left out would change the figures"
-            raise OptionError(f"--skip-bad-images goes with --images; {reason}")
+        if self.images is None and (self.skip_bad_images or self.out):
+            raise OptionError("--skip-bad-images and --out go with --images")
 
 
 def newest_run() -> Path:
@@ -156,10 +156,7 @@ def evaluate(run: Path, model: nn.Module, options: Options) -> dict:
 
     # Measure: which images are defective, and where.
     defects = [sample.defect for sample in category.test]
-    by_map = {
-        name: np.array([entry["scores"][name] for entry in entries])
-        for name in entries[0]["scores"]
-    }
+    by_map = {k: np.array([e["scores"][k] for e in entries]) for k in entries[0]["scores"]}
     results = {"category": category.name, "data": str(category.root.resolve())}
     results |= metrics.image_metrics(by_map, defects, scale[1], average_types=loco)
     areas, curves = metrics.localization_metrics(full_maps, truths, defects, saturated=loco)
@@ -189,10 +186,12 @@ def main(argv: list[str] | None = None) -> None:
         command = f"python -m tools.sweep --evaluate {shlex.quote(str(run))}"
         raise data.DataError(f"{run}: is a folder of runs. Use: {command}")
     model = load_run(run, options.device)
-    with lock(run / ".lock"):
-        remove_leftovers(run)
+    place = Path(options.out) if options.out else run  # a run's folder may be read-only
+    place.mkdir(parents=True, exist_ok=True)
+    with lock(place / ".lock"):
+        remove_leftovers(place)
         work = evaluate if options.images is None else score_folder
-        work(run, model, options)
+        work(place, model, options)
 
 
 if __name__ == "__main__":

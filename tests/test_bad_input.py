@@ -134,7 +134,8 @@ def test_folders_that_cannot_be_used(tmp_path, run_script, run):
         (("--images", "run/model.pt"), ("model.pt", "is a file, not a folder")),
         (("--images", "a", "--data", "b"), ("--images scores unlabelled images",)),
         (("--images", "a", "--tiff"), ("--images scores unlabelled images",)),
-        (("--skip-bad-images",), ("--skip-bad-images goes with --images",)),
+        (("--skip-bad-images",), ("--skip-bad-images and --out go with --images",)),
+        (("--out", "o"), ("--skip-bad-images and --out go with --images",)),
     ):
         assert_refused(run_script("evaluate.py", "--run", run, *CPU, *command), *words)
     assert files(run).keys() <= {run / "model.pt", run / ".lock"}

@@ -195,6 +195,11 @@ def test_score_a_folder(run, run_script, tmp_path):
     assert run_script(*command, "other", "--skip-bad-images", *CPU)[0] == 0
     assert pictures(run / "images") == ["overlays/b.png.png"]
 
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert run_script(*command, "in", "--out", "away", *CPU)[0] == 0  # the run may be read-only
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert rows_of(tmp_path / "away/images/scores.csv") == rows
+
 
 def test_heat_colours():
     """An ordinary value is black, the threshold in the middle, whatever their signs."""

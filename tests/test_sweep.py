@@ -96,8 +96,9 @@ def test_collection_from_training_to_summary(loco, tiny, run_script, tmp_path):
     (runs / "pushpins-small-seed1/results.json").write_bytes(whole[:99])  # damaged
     earlier = {"category": "screw_bag", "training": {"category": "screw_bag"}}  # does not say where
     (runs / "screw_bag-small-seed0/results.json").write_text(json.dumps(earlier))
+    (runs / "summary.json.tmp7").write_text("left by a killed process")
     status, out, err = run_script(*evaluation)
-    assert status == 0, err
+    assert status == 0 and not (runs / "summary.json.tmp7").exists(), err
     assert (runs / "pushpins-small-seed0/results.json").stat().st_mtime_ns == evaluated
     assert (runs / "pushpins-small-seed1/results.json").read_bytes() == whole
     results = {name: read(runs / name / "results.json") for name in second}

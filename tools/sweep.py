@@ -220,6 +220,8 @@ def ablation_scores(model: EfficientAD) -> list[dict]:
 def evaluate_runs(folder: Path, options: evaluate.Options) -> None:
     """Evaluate each run where it is needed; write and print the summary. A run that fails does not
     stop the others; it makes the exit status 1, as does an unfinished one."""
+    if not folder.is_dir():
+        raise data.DataError(f"{folder}: no such folder; --evaluate takes a folder of runs")
     results, failed = {}, {}
     for run in sorted(path.parent for path in folder.glob("*/model.pt")):
         with failures(failed, run):
@@ -243,8 +245,10 @@ def evaluate_runs(folder: Path, options: evaluate.Options) -> None:
         raise data.DataError(f"{folder}: {error}") from None
     text = "\n\n".join(f"### {title}\n\n{table(rows)}" for title, rows in sections.items()) + "\n"
     text += "".join(f"\nfailed: {name}: {reason}\n" for name, reason in failed.items())
-    write(folder / "summary.json", json.dumps(content | {"failed": failed}, indent=1) + "\n")
-    write(folder / "summary.md", text)
+    with lock(folder / ".lock"):
+        remove_leftovers(folder, "*")
+        write(folder / "summary.json", json.dumps(content | {"failed": failed}, indent=1) + "\n")
+        write(folder / "summary.md", text)
     print(f"\n{text}\nwrote {folder / 'summary.json'} and summary.md")
     if failed:
         raise SystemExit(1)
