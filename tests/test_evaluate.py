@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from conftest import PHOTO, ROOT, assert_refused, put
 from PIL import Image
 
+import evaluate
 from efficientad import EfficientAD
 from support import report
 from support.data import read_image, to_array
@@ -218,3 +220,23 @@ def test_heat_colours():
     assert colour(-0.6, (0.0, -0.5)) == [0, 0, 0]
     mask = np.ones((10, 20), bool)
     assert report.overlay(PHOTO, mask, {"a": np.zeros((4, 4))}, {"a": 0}, (0, 1)).width == 776
+
+
+def test_many_images_at_flat_memory(run, model, tmp_path, monkeypatch):
+    """Scoring keeps no image: resident memory after 60 and after 360 of 600 KB each."""
+    maps, sizes = {"combined": np.zeros((128, 128), np.float32)}, []
+
+    def predict(*_):
+        return Image.new("RGB", (500, 400), "red"), maps, {"combined": 0.0}
+
+    def paths(*_, **__):
+        for i in range(361):
+            if i in (60, 360):
+                status = Path("/proc/self/status").read_text()
+                sizes.append(int(status.split("VmRSS:")[1].split()[0]))  # KiB
+            yield tmp_path / f"{i}.png"
+
+    monkeypatch.setattr(evaluate, "predict", predict)
+    monkeypatch.setattr(evaluate.data, "list_images", paths)
+    evaluate.score_folder(run, model, evaluate.Options(images=str(tmp_path), device="cpu"))
+    assert sizes[1] - sizes[0] < 30_000, sizes  # 300 images would be 176,000
