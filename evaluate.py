@@ -78,11 +78,12 @@ def predict(model: nn.Module, path: Path) -> tuple[Image.Image, dict, dict]:
     return image, maps, {name: score.item() for name, score in scores.items()}
 
 
-def score_folder(run: Path, model: nn.Module, options: Options) -> None:
-    """Score the images below a folder, with overlays. One image is in memory at a time."""
+def score_folder(place: Path, model: nn.Module, options: Options) -> None:
+    """Score the images below a folder, with overlays, into place/images. One image is in memory at
+    a time."""
     info, scale = model.training_info, (float(model.floor), model.threshold.item())
     folder, rows, skipped = Path(options.images), [], []
-    with report.new_overlays(run / "images") as overlays:
+    with report.new_overlays(place / "images") as overlays:
         for path in tqdm(data.list_images(folder, recursive=True), "scoring", unit="image"):
             name, odd = str(path.relative_to(folder)), []
             try:
@@ -108,7 +109,7 @@ def score_folder(run: Path, model: nn.Module, options: Options) -> None:
             skipped.append([file, "a file of another kind"])
     header = ["image", *report.scores_header(scores), "anomalous", "unlike_training"]
     meaning = f"threshold {scale[1]:.4f}: {threshold_meaning(info.get('validation_images'))}"
-    report.write_scores(run / "images", [header, *rows], skipped, meaning)
+    report.write_scores(place / "images", [header, *rows], skipped, meaning)
     if "appearance" not in info:
         print("how its training images looked is not in the model: unusual images are not marked")
 

@@ -31,6 +31,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+PATH_OPTIONS = ("data", "teacher", "pretraining_images", "backbone_weights")
 TEMPORARY = re.compile(r"\.tmp\d+$")  # names of files that are being written
 
 
@@ -196,8 +197,7 @@ def check_free(options: RunOptions) -> None:
 
 def absolute(option: str, value: object) -> object:
     """An option's value as it is saved: from any folder it means the same file."""
-    files = ("data", "teacher", "pretraining_images", "backbone_weights")
-    if option not in files or value is None or value == "none" or is_demo(value):
+    if option not in PATH_OPTIONS or value is None or value == "none" or is_demo(value):
         return value
     return os.path.abspath(value)
 

@@ -32,7 +32,7 @@ from support.checkpoints import read_checkpoint
 from support.metrics import image_metrics
 from support.options import OptionError, RunOptions, make_parser, option, parse_options
 from support.report import table
-from support.runs import holds_results, lock, remove_leftovers, run_command, write
+from support.runs import PATH_OPTIONS, holds_results, lock, remove_leftovers, run_command, write
 from support.training import fit_gaussian, one_by_one
 from tools.summary import is_ablation, normalizations, summarize_runs
 
@@ -53,7 +53,6 @@ ABLATIONS = {  # the distinct trainings behind the tables
     },
 }
 CHOSEN = {"p_hard", "a", "b", "map_normalization", "noise", "no_adaptor", "layers"}  # by --ablation
-PATHS = {"data", "teacher", "pretraining_images", "backbone_weights"}  # options
 BY_DEVICE = {"steps", "epochs", "lr", "precision"}  # options with defaults that depend on it
 
 
@@ -124,7 +123,7 @@ def changed_options(job: RunOptions, known: dict) -> list[str]:
     for name, wanted in vars(job).items():
         value = known.get(name, wanted)
         same = value == wanted or (name == "steps" and wanted is None)  # SimpleNet: from --epochs
-        if name in PATHS and value and wanted:
+        if name in PATH_OPTIONS and value and wanted:
             same = os.path.realpath(value) == os.path.realpath(wanted)
         if not same and name not in ignored:
             found.append(f"--{name.replace('_', '-')} {value}, not {wanted}")
