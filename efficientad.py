@@ -1,9 +1,7 @@
 """EfficientAD: accurate visual anomaly detection at millisecond-level latencies.
 
 Batzner, Heckler, König, WACV 2024, arXiv 2303.14535. This file says what is computed, in the
-paper's words, and needs torch alone: copy it into your project. From top to bottom: networks
-(sections 3.1 and 3.3), statistics, the four losses (3.2 and 3.3), and `EfficientAD`, which holds
-all that is needed to score an image.
+paper's words, and needs torch alone: copy it into your project.
 
     model = EfficientAD(size="small", image_size=(256, 256))
     model.teacher.load_state_dict(torch.load("weights/teacher_small.pt"))
@@ -66,8 +64,7 @@ class PDN(nn.Sequential):
 
     Normalized images N×3×H×W float -> N×`channels`×h×w. Each output vector describes a 33×33 patch;
     patches are 4 pixels apart. h = H/4 with zero padding, H/4 − 8 without. `size` is "small"
-    (EfficientAD-S) or "medium" (M); raises ValueError otherwise.
-    """
+    (EfficientAD-S) or "medium" (M); raises ValueError otherwise."""
 
     def __init__(self, size: str = "small", channels: int = CHANNELS, padding: bool = False):
         if size not in ("small", "medium"):
@@ -89,15 +86,18 @@ class PDN(nn.Sequential):
             layers += [nn.ReLU(), nn.Conv2d(channels, channels, 1)]
         super().__init__(*layers)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self[-1](self.hidden(x))
+    def forward(self, x: Tensor, stem: Tensor | None = None) -> Tensor:
+        """`stem`: the stem's output for x, if it is known."""
+        return self[-1](self.hidden(self.stem(x) if stem is None else stem))
+
+    def stem(self, x: Tensor) -> Tensor:
+        """The first two convolutions, each with ReLU and pooling."""
+        layers = list(self)
+        return pooled_stage(pooled_stage(x, *layers[:3]), *layers[3:6])
 
     def hidden(self, x: Tensor) -> Tensor:
-        """The input of the last convolution."""
-        layers = list(self)
-        x = pooled_stage(x, *layers[:3])
-        x = pooled_stage(x, *layers[3:6])
-        for layer in layers[6:-1]:
+        """The stem's output -> the input of the last convolution."""
+        for layer in list(self)[6:-1]:
             x = layer(x)
         return x
 
@@ -117,8 +117,7 @@ class Autoencoder(nn.Sequential):
 
     (h, w) = `output_size`, the PDN's. The bottleneck is 1×1×64 for any image size: the last encoder
     kernel and the decoder's sizes scale with the image. 256×256 is the paper's. Raises ValueError
-    unless height and width are multiples of 32 and at least 128.
-    """
+    unless height and width are multiples of 32 and at least 128."""
 
     def __init__(self, image_size=(256, 256), output_size=(56, 56)):
         check_image_size(image_size)
@@ -152,11 +151,13 @@ def quantile(x: Tensor, q: float) -> Tensor:
     if x.dtype == torch.float32 and use_kernels(x):
         return quantile_kernel(x, q)
     position = q * (n - 1)
-    low = math.floor(position)
-    value = x.kthvalue(low + 1).values
-    if position > low:
-        value = torch.lerp(value, x.kthvalue(low + 2).values, position - low)
-    return torch.where(x.isnan().any(), math.nan, value)  # kthvalue sorts NaN last
+    low, high = math.floor(position), math.ceil(position)  # the neighbours' places in order
+    if n - low <= n // 64:  # few are larger
+        value, above = x.topk(n - low).values[[-1, low - high - 1]]
+    else:
+        value, above = x.kthvalue(low + 1).values, x.kthvalue(high + 1).values
+    value = torch.lerp(value, above, position - low) if high > low else value
+    return torch.where(x.isnan().any(), math.nan, value)  # NaN is sorted last
 
 
 def channel_statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
@@ -220,24 +221,26 @@ class EfficientAD(nn.Module):
     """Teacher, student and autoencoder with all that is needed to score an image (figure 5).
 
     `size`: "small" (S) or "medium" (M). `image_size`: (H, W), multiples of 32 from 128. `padding`:
-    zero padding inside teacher and student; the published models have none. Raises ValueError for
-    an impossible option. Buffers: teacher_mean and teacher_std 1×384×1×1; quantiles [[q_a, q_b] of
-    the local, of the global map]; threshold, the score above which an image is called anomalous
-    (infinite until `calibrate`).
-    """
+    zero padding inside teacher and student; the published models have none. `shared_stem` (not in
+    the paper): the student's stem is the teacher's, frozen. Raises ValueError for an impossible
+    option. Buffers: teacher_mean and teacher_std 1×384×1×1; quantiles [[q_a, q_b] of the local, of
+    the global map]; threshold, above which an image is anomalous (infinite until `calibrate`)."""
 
     format = "efficientad"  # of a checkpoint
     floor = 0.0  # an ordinary position's value in a map, where heat colours begin
 
-    def __init__(self, *, size="small", image_size=(256, 256), padding=False):
+    def __init__(self, *, size="small", image_size=(256, 256), padding=False, shared_stem=False):
         super().__init__()
         image_size = tuple(image_size)
         check_image_size(image_size)
-        self.config = {"size": size, "image_size": image_size, "padding": padding}
+        self.config = {"size": size, "image_size": image_size}
+        self.config |= {"padding": padding, "shared_stem": shared_stem}
         self.training_info: dict = {}  # how it was trained; saved, never used here
-        self.image_size, self.padding = image_size, padding
+        self.image_size, self.padding, self.shared_stem = image_size, padding, shared_stem
         self.teacher = PDN(size, CHANNELS, padding).requires_grad_(False)
         self.student = PDN(size, 2 * CHANNELS, padding)  # S, and S' for the autoencoder
+        if shared_stem:
+            self.student[0], self.student[3] = self.teacher[0], self.teacher[3]
         self.map_size = tuple(s // 4 - (0 if padding else 8) for s in image_size)  # h, w
         self.autoencoder = Autoencoder(image_size, self.map_size)
         self.register_buffer("teacher_mean", torch.zeros(1, CHANNELS, 1, 1))
@@ -246,8 +249,6 @@ class EfficientAD(nn.Module):
         self.register_buffer("threshold", torch.tensor(math.inf))
         for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
-
-    # ---- inference
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images N×3×H×W, uint8 0–255 or float 0–1 -> combined anomaly map N×1×H×W and anomaly
@@ -274,13 +275,18 @@ class EfficientAD(nn.Module):
     def features(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The outputs of teacher N×384×h×w, student N×768×h×w and autoencoder N×384×h×w."""
         x = self.normalize(images)
-        return self.teacher_features(x), self.student(x), self.autoencoder(x)
+        return *self.pdn_features(x), self.autoencoder(x)
 
-    def normalize(self, images: Tensor) -> Tensor:
+    def pdn_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalized images -> the outputs of teacher and student; a shared stem runs once."""
+        stem = self.teacher.stem(x)
+        return self.teacher_features(x, stem), self.student(x, stem if self.shared_stem else None)
+
+    def normalize(self, images: Tensor, any_size: bool = False) -> Tensor:
         """Images N×3×H×W, uint8 0–255 or float 0–1 -> float32 with ImageNet's mean and standard
         deviation. Raises ValueError for another shape or, on the CPU, floats outside 0–1 (a GPU
         would have to wait for that check), TypeError for another dtype."""
-        self.check_shape(images)
+        self.check_shape(images, any_size)
         if images.dtype == torch.uint8:
             images = images.float() / 255
         elif not images.is_floating_point():
@@ -291,15 +297,15 @@ class EfficientAD(nn.Module):
                 raise ValueError(f"float images must be in 0–1, got {low:.3g} to {high:.3g}")
         return (images.float() - self.mean) / self.std
 
-    def check_shape(self, images: Tensor) -> None:
-        height, width = self.image_size
+    def check_shape(self, images: Tensor, any_size: bool = False) -> None:
+        height, width = images.shape[-2:] if any_size else self.image_size
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, height, width):
             raise ValueError(f"images must be N×3×{height}×{width}, got {tuple(images.shape)}")
 
     @torch.no_grad()
-    def teacher_features(self, x: Tensor) -> Tensor:
+    def teacher_features(self, x: Tensor, stem: Tensor | None = None) -> Tensor:
         """Normalized images N×3×H×W -> the teacher's output N×384×h×w, (T − μ)/σ per channel."""
-        return (self.teacher(x) - self.teacher_mean) / self.teacher_std
+        return (self.teacher(x, stem) - self.teacher_mean) / self.teacher_std
 
     def normalize_maps(self, local_map: Tensor, global_map: Tensor) -> dict[str, Tensor]:
         """Raw maps N×1×h×w -> maps by name, N×1×H×W: q_a becomes 0, q_b 0.1 (section 3.4); the
@@ -317,8 +323,6 @@ class EfficientAD(nn.Module):
             m = F.pad(m, (4, 4, 4, 4))
         return F.interpolate(m, self.image_size, mode="bilinear")
 
-    # ---- training
-
     @torch.no_grad()
     def fit_teacher_statistics(self, batches: Iterable[Tensor]) -> None:
         """Set teacher_mean and teacher_std from the training images, batches N×3×H×W (section 3.2).
@@ -329,12 +333,10 @@ class EfficientAD(nn.Module):
         self.teacher_mean.copy_(mean)
         self.teacher_std.copy_(std)
 
-    def losses(
-        self, images: Tensor, augmented: Tensor, pretraining: Tensor | None, p_hard: float = 0.999
-    ) -> dict[str, Tensor]:
+    def losses(self, images: Tensor, augmented: Tensor, pretraining: Tensor | None, p_hard=0.999):
         """The four loss terms of a training step, by name; their sum is minimized (sections 3.2 and
-        3.3). Training images I, the same with jittered colour J, and pretraining images P (None: no
-        penalty), each N×3×H×W, uint8 or float."""
+        3.3). Training images I, the same with jittered colour J, and pretraining images P, of any
+        size (None: no penalty), each N×3×H×W, uint8 or float."""
         i, j = self.normalize(images), self.normalize(augmented)
         student = self.student(i)[:, :CHANNELS]
         student_ae = self.student(j)[:, CHANNELS:]
@@ -345,7 +347,7 @@ class EfficientAD(nn.Module):
             "student_autoencoder": student_autoencoder_loss(autoencoder, student_ae),
         }
         if pretraining is not None:
-            p = self.normalize(pretraining)
+            p = self.normalize(pretraining, any_size=True)
             losses["penalty"] = pretraining_penalty(self.student(p)[:, :CHANNELS])
         return losses
 
@@ -373,8 +375,6 @@ class EfficientAD(nn.Module):
         scores = torch.cat([self.normalize_maps(*m)["combined"].amax((1, 2, 3)) for m in raw])
         self.threshold.copy_(scores.max())
         return scores
-
-    # ---- files
 
     def checkpoint(self) -> dict:
         """What `save` writes: config, weights, statistics, quantiles, threshold, training_info."""

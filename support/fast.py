@@ -74,8 +74,8 @@ class FastEfficientAD(TiledEfficientAD):
             if isinstance(layer, nn.Dropout):
                 self.autoencoder[i] = nn.Identity()
         networks, last = (self.teacher, self.student, self.autoencoder), self.teacher[-1]
-        for network in networks:
-            network[0].weight /= 255 * self.std
+        for first in {network[0] for network in networks}:  # teacher and student may share theirs
+            first.weight /= 255 * self.std
         self.mean *= 255
         last.weight /= self.teacher_std.view(-1, 1, 1, 1)
         last.bias.sub_(self.teacher_mean.flatten()).div_(self.teacher_std.flatten())
@@ -90,8 +90,8 @@ class FastEfficientAD(TiledEfficientAD):
         images = images.to(self.mean.device, non_blocking=True)
         return (images - self.mean).to(self.dtype, memory_format=torch.channels_last)
 
-    def teacher_features(self, x: Tensor) -> Tensor:
-        return self.teacher(x)  # normalized by its last convolution
+    def teacher_features(self, x: Tensor, stem: Tensor | None = None) -> Tensor:
+        return self.teacher(x, stem)  # normalized by its last convolution
 
     def forward_pass(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images -> combined map and score; with the kernels one resize serves both maps."""

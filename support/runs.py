@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from efficientad import ModelError
-from support.checkpoints import all_finite, read_checkpoint, write_checkpoint
+from support.checkpoints import all_finite, is_url, read_checkpoint, write_checkpoint
 from support.data import DataError, NormalImages, is_demo
 from support.metrics import false_alarms
 from support.options import RunOptions
@@ -197,7 +197,7 @@ def check_free(options: RunOptions) -> None:
 
 def absolute(option: str, value: object) -> object:
     """An option's value as it is saved: from any folder it means the same file."""
-    if option not in PATH_OPTIONS or value is None or value == "none" or is_demo(value):
+    if option not in PATH_OPTIONS or value in (None, "none") or is_demo(value) or is_url(value):
         return value
     return os.path.abspath(value)
 
@@ -227,10 +227,10 @@ class Run:
             raise DataError(f"{self.folder}: exists; choose another --out")
         remove_leftovers(self.folder)
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Fill both from the interrupted run, or save a first state: from its first second on a run
+    def attach(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Fill them from the interrupted run, or save a first state: from its first second on a run
         can be resumed. Raises ModelError for a state that does not fit."""
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizers = model, optimizers
         self.check, self.started = LossCheck(self.folder), time.time()
         if self.state is None:
             self.save()
@@ -240,8 +240,9 @@ class Run:
             changed = [name for name, files in self.files.items() if files != state["files"][name]]
             if not changed:
                 model.load_state_dict(state["model"])
-                groups = optimizer.state_dict()["param_groups"]  # a rate on the GPU stays there
-                optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+                for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                    groups = optimizer.state_dict()["param_groups"]  # a rate on the GPU stays there
+                    optimizer.load_state_dict({**saved, "param_groups": groups})
                 self.step, self.seconds = state["step"], state["seconds"]
                 self.errors |= state["errors"]
                 torch.set_num_threads(state["threads"])  # sums depend on it in their last bits
@@ -276,7 +277,8 @@ class Run:
         state = {"format": "run", "options": options, "step": self.step, "seconds": seconds}
         state |= {"files": self.files, "errors": dict(self.errors)}
         state |= {"threads": torch.get_num_threads(), "command": self.options.command}
-        state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state |= {"model": self.model.state_dict()}
+        state |= {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
         write_checkpoint(state, self.folder / "resume.pt")
 
     def steps(self, total: int) -> Iterator[int]:

@@ -49,8 +49,8 @@ class TiledEfficientAD(EfficientAD):
             else:  # output row i sees the input rows 4i to 4i + 32
                 first, strip = top, x[:, :, 4 * top : 4 * bottom + 29]
             rows = slice(top - first, bottom - first)
-            teacher = self.teacher_features(strip)[:, :, rows]
-            student, student_ae = self.student(strip)[:, :, rows].split(CHANNELS, 1)
+            teacher, student = (features[:, :, rows] for features in self.pdn_features(strip))
+            student, student_ae = student.split(CHANNELS, 1)
             global_map = squared_distance(autoencoder[:, :, top:bottom], student_ae)
             maps.append((squared_distance(teacher, student), global_map))
         local_maps, global_maps = zip(*maps)

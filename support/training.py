@@ -1,7 +1,9 @@
 """How a training step is computed fast: order of the batches, augmentation, the four losses with
 one student pass, kept teacher outputs, fixed buffers and a CUDA graph."""
 
+import ctypes
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -9,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from efficientad import (
@@ -60,6 +62,15 @@ def batches_of(images: Sequence, steps: range, batch_size: int, *seed: int) -> I
     """The batch of each step, see `shuffled`; files are decoded by threads."""
     in_turn = in_threads if isinstance(images, (Images, PhotographCrops)) else map
     return in_turn(lambda step: shuffled(images, step, batch_size, *seed), steps)
+
+
+def quarters(batches: Iterator[Tensor], steps: range, seed: int) -> Iterator[Tensor]:
+    """A random part of half the height and width of each step's images N×3×H×W."""
+    for step, images in zip(steps, batches):
+        height, width = images.shape[2] // 2, images.shape[3] // 2
+        rng = np.random.default_rng((seed, step))
+        top, left = rng.integers(0, height, endpoint=True), rng.integers(0, width, endpoint=True)
+        yield images[:, :, top : top + height, left : left + width]
 
 
 def one_by_one(images: Sequence, device: torch.device, purpose: str) -> Iterator[Tensor]:
@@ -130,10 +141,10 @@ def fast_losses(
     autoencoder_j = model.autoencoder(x[n:])
     if p is not None:
         x = torch.cat([x, model.normalize(p)])
-    hidden, last = model.student.hidden(x), model.student[-1]
-    student_j = F.conv2d(hidden[n : 2 * n], last.weight[CHANNELS:], last.bias[CHANNELS:])  # S'(J)
-    hidden = torch.cat([hidden[:n], hidden[2 * n :]])
-    student = F.conv2d(hidden, last.weight[:CHANNELS], last.bias[:CHANNELS])  # S(I), S(P)
+    hidden, last = model.student.hidden(model.student.stem(x)), model.student[-1]
+    (weight, weight_ae), (bias, bias_ae) = last.weight.split(CHANNELS), last.bias.split(CHANNELS)
+    student_j = F.conv2d(hidden[n : 2 * n], weight_ae, bias_ae)  # S'(J)
+    student = F.conv2d(torch.cat([hidden[:n], hidden[2 * n :]]), weight, bias)  # S(I), S(P)
     losses = {
         "hard": hard_feature_loss(teacher, student[:n], p_hard),
         "autoencoder": autoencoder_loss(teacher_j, autoencoder_j),
@@ -141,6 +152,26 @@ def fast_losses(
     }
     if p is not None:
         losses["penalty"] = pretraining_penalty(student[n:])
+    return losses
+
+
+def short_losses(
+    model: EfficientAD, j: Tensor, p: Tensor | None, p_hard: float
+) -> dict[str, Tensor]:
+    """`EfficientAD.losses` with J in place of I: one pass of the student less. A stem that teacher
+    and student share is computed once."""
+    x = model.normalize(j)
+    teacher, student = model.pdn_features(x)
+    student, student_ae = student.split(CHANNELS, 1)
+    autoencoder = model.autoencoder(x)
+    losses = {
+        "hard": hard_feature_loss(teacher, student, p_hard),
+        "autoencoder": autoencoder_loss(teacher, autoencoder),
+        "student_autoencoder": student_autoencoder_loss(autoencoder, student_ae),
+    }
+    if p is not None:
+        student = model.student(model.normalize(p, any_size=True))
+        losses["penalty"] = pretraining_penalty(student[:, :CHANNELS])
     return losses
 
 
@@ -162,40 +193,129 @@ def outputs_fit(model: EfficientAD, images: int, precision: str) -> bool:
     return images * CHANNELS * math.prod(model.map_size) * size <= KEPT_BYTES
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for weights of convolutions, as
+    matrices with a row for each output channel: Nesterov momentum 0.95, then the nearest orthogonal
+    matrix by five Newton–Schulz steps. Steps are as large as Adam's at the same rate (Liu et al.,
+    arXiv 2502.16982). torch.optim.Muon takes matrices alone and no rate that a CUDA graph reads."""
+
+    def __init__(self, groups: list[dict]):
+        super().__init__(groups, {"lr": 1e-3})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if not self.state[weight]:
+                    self.state[weight]["momentum"] = torch.zeros_like(weight)
+                momentum = self.state[weight]["momentum"].lerp_(weight.grad, 0.05)
+                update = orthogonal(weight.grad.lerp(momentum, 0.95).flatten(1))
+                rate = group["lr"] * 0.2 * math.sqrt(max(update.shape))
+                weight.sub_(rate * update.view_as(weight))
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """Matrix -> approximately the nearest one with orthogonal rows or columns, in bf16."""
+    wide = x.shape[0] <= x.shape[1]
+    y = (x if wide else x.T).bfloat16()
+    y = y / y.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = y @ y.T
+        y = 3.4445 * y + (-4.775 * gram + 2.0315 * gram @ gram) @ y
+    return y if wide else y.T
+
+
 def make_adam(groups: list[dict], device: torch.device) -> torch.optim.Adam:
-    """Adam with weight decay 1e-5, as in both papers; `groups` have "params" and "lr". On a GPU the
-    rate is a tensor there: a CUDA graph reads it anew every step."""
+    """Adam with weight decay 1e-5, as in both papers; `groups` have "params" and "lr"."""
     cuda = device.type == "cuda"
-    for group in groups:
-        group["full_lr"] = group["lr"]
-        if cuda:
-            group["lr"] = torch.tensor(group["lr"], device=device)
+    groups = prepare(groups, device)
     return torch.optim.Adam(groups, weight_decay=1e-5, fused=True, capturable=cuda)
 
 
-def set_rate(optimizer: torch.optim.Adam, factor: float) -> None:
+def make_optimizers(
+    model: EfficientAD, lr: float, muon_lr: float | None = None
+) -> list[torch.optim.Optimizer]:
+    """Adam for student and autoencoder but for a shared stem, which is frozen. With `muon_lr`: Muon
+    for the autoencoder's convolutions behind the first."""
+    device, matrices = model.threshold.device, []
+    if muon_lr is not None:
+        matrices = [weight for weight in model.autoencoder.parameters() if weight.ndim == 4][1:]
+    others, known = [], {id(weight) for weight in matrices}
+    for weight in (*model.student.parameters(), *model.autoencoder.parameters()):
+        if weight.requires_grad and id(weight) not in known:
+            others.append(weight)
+    optimizers = [make_adam([{"params": others, "lr": lr}], device)]
+    if matrices:
+        optimizers.append(Muon(prepare([{"params": matrices, "lr": muon_lr}], device)))
+    return optimizers
+
+
+def prepare(groups: list[dict], device: torch.device) -> list[dict]:
+    """Parameter groups whose learning rates are known to `set_rate`. On a GPU a rate is a tensor
+    there: a CUDA graph reads it anew every step."""
+    for group in groups:
+        group["full_lr"] = group["lr"]
+        if device.type == "cuda":
+            group["lr"] = torch.tensor(group["lr"], device=device)
+    return groups
+
+
+def set_rate(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:
     """Every group's learning rate: `factor` times what it began with."""
-    for group in optimizer.param_groups:
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(group["full_lr"] * factor)
         else:
             group["lr"] = group["full_lr"] * factor
 
 
+def cosine(step: int, steps: int) -> float:
+    """The learning rate's factor: a linear warm-up in 5 % of the steps, then half a cosine to 0."""
+    warm_up = max(1, steps // 20)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
+
+
+def start_from_teacher(model: EfficientAD) -> None:
+    """Give the student the teacher's layers where both have the same shape: all but the last ones.
+    A short training need not learn them."""
+    for own, teachers in zip(model.student, model.teacher):
+        if isinstance(own, nn.Conv2d) and own.weight.shape == teachers.weight.shape:
+            own.load_state_dict(teachers.state_dict())
+
+
+def steps_until(
+    end: float, take_step: Callable[[int], dict], model: EfficientAD, validation: Sequence
+) -> int:
+    """How many steps fit in if calibration shall be over at the time `end`, by measure: it takes
+    some. At least one."""
+    image = torch.as_tensor(validation[0])[None].to(model.threshold.device)
+    moments, share = [], 0.02 * (end - time.time())
+    while len(moments) < 15 or moments[-1] - moments[4] < share:
+        sum(take_step(len(moments)).values()).item()
+        moments.append(time.time())
+    with torch.no_grad():
+        model.raw_maps(image)[0].cpu()
+    calibration = len(validation) * (time.time() - moments[-1])
+    step = (moments[-1] - moments[4]) / (len(moments) - 5)  # the first ones are slow
+    return max(1, int((end - calibration - time.time()) / step))
+
+
 class Step:
     """A training step. Called with a batch (tensors by name, on whatever device, of the same shapes
-    each time) it takes an optimizer step and returns the losses by name, tensors that the next call
-    overwrites. `losses` computes them from the batch on the device. The batch is copied to fixed
-    buffers there, so that all the rest is one CUDA graph on a GPU; nothing waits for it."""
+    each time) it takes a step of each optimizer and returns the losses by name, tensors that the
+    next call overwrites. `losses` computes them from the batch on the device. The batch is copied
+    to fixed buffers there, so that all else is one CUDA graph on a GPU; nothing waits for it."""
 
     def __init__(
         self,
         losses: Callable[[dict], dict],
-        optimizer: torch.optim.Optimizer,
+        optimizers: Sequence[torch.optim.Optimizer],
         device: torch.device,
         precision: str,
     ):
-        self.losses, self.optimizer, self.precision = losses, optimizer, precision
+        self.losses, self.optimizers, self.precision = losses, optimizers, precision
         self.device, self.buffers = device, {}
         self.graph = Graphed(self.compute, device)
 
@@ -210,9 +330,11 @@ class Step:
     def compute(self) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             losses = self.losses(self.buffers)
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         sum(losses.values()).backward()
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         return {name: loss.detach() for name, loss in losses.items()}
 
 
@@ -251,7 +373,23 @@ def pretraining_images(
 
 
 def prepare_torch(seed: int) -> None:
-    """Seed torch. On a GPU fp32 means fp32, and convolutions choose their fastest algorithm."""
+    """Seed torch. On a GPU fp32 means fp32, and convolutions choose their fastest algorithm. On a
+    CPU large blocks of memory are kept for the next step."""
+    keep_memory()
     torch.manual_seed(seed)
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
+
+
+def keep_memory() -> None:
+    """Tell glibc to keep large blocks that are freed. It would give each back to the system, which
+    clears it anew at the next use: a fifth to a third of a step on a CPU. Another C library keeps
+    its ways."""
+    mmap_max, trim_threshold, top_pad = -4, -1, -2  # mallopt's names for its parameters
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 2**26)

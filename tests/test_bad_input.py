@@ -374,7 +374,7 @@ def test_training_states_that_cannot_be_resumed(model, run_script, tmp_path):
     options["pretraining_images"] = "none"
     names = {"data": fingerprint(sum(open_category("part").split(0), []), "part")}
     good = {"format": "run", "options": options, "step": 1, "seconds": 0.0, "files": names}
-    good |= {"model": model.state_dict(), "errors": {}, "optimizer": {}}
+    good |= {"model": model.state_dict(), "errors": {}, "optimizers": [{}]}
     path = tmp_path / "cut/resume.pt"
     for content, words in (
         (b"half", "not a readable checkpoint"),

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, TINY, assert_refused, put
 from PIL import Image
 
-from support.backbone import ResNet
+from support.backbone import PatchFeatures, ResNet, load_weights, make_trunk
 from support.checkpoints import read_checkpoint
 from support.data import list_images
 from tools import distill
@@ -61,7 +61,10 @@ def test_teacher(photos, run_script, tmp_path, tiny_demo):
     assert run_script(*command)[0] == 0
 
 
-@pytest.mark.parametrize("more", [(), ("--crops", 0.2, 0.9, "--precision", "bf16")])
+INTERIOR = ("--interior", "--image-size", 64, "--optimizer", "muon")
+
+
+@pytest.mark.parametrize("more", [INTERIOR, ("--crops", 0.2, 0.9, "--precision", "bf16")])
 def test_resumed_equals_uninterrupted(more, photos, run_script, tmp_path, interrupt_at):
     command = ("tools.distill", *photos, *more)
     assert run_script(*command, "--out", "whole.pt", "--checkpoint-every", 3)[0] == 0
@@ -79,6 +82,25 @@ def test_resumed_equals_uninterrupted(more, photos, run_script, tmp_path, interr
     assert not list(tmp_path.glob("cut.pt.*"))
 
 
+def test_two_backbones_share_the_channels(photos, tmp_path):
+    """Half of the channels for each; in the interior, on the grid of a PDN without padding."""
+    torch.save(make_trunk("efficientnet_lite0").state_dict(), tmp_path / "lite0.pth")
+    names, files = ["resnet18", "efficientnet_lite0"], ["resnet18.pth", "lite0.pth"]
+    files = [str(tmp_path / file) for file in files]
+    options = {"backbone": names, "backbone_weights": files, "image_size": 64, "interior": True}
+    options |= {"device": "cpu", "precision": "fp32", "out": str(tmp_path / "o/t.pt")}
+    run = distill.Distillation(Options(images=[str(tmp_path / "photos")], **options))
+    run.mean, run.std, expected = torch.zeros(1), torch.ones(1), []
+    small, large = next(iter(run.views.batches(range(16), "views")))
+    for name, file in zip(names, files):
+        trunk = make_trunk(name)
+        load_weights(trunk, file)
+        expected.append(PatchFeatures(trunk, 192)(run.normalize(large)))
+    target, output = run.target(large), run.pdn(run.normalize(small))
+    assert target.shape == output.shape == (16, 384, 8, 8)
+    assert (target - torch.cat(expected, 1)[:, :, 4:12, 4:12]).norm() < 1e-4 * target.norm()
+
+
 def test_refusals(photos, run_script, tmp_path):
     for name in ("bad/a.png", "mine", "cut.pt.resume"):
         put(tmp_path / name, b"junk")
@@ -92,12 +114,15 @@ def test_refusals(photos, run_script, tmp_path):
         "--seed >= 0 and < 2**32": ("--seed", 2**32),
         "multiple of 32": ("--image-size", 100),
         "at least 1": ("--steps", 0),
+        "--interior needs --image-size 64": ("--interior",),
+        "more files than --backbone": ("--backbone-weights", "a.pth", "b.pth"),
+        "--backbone takes 1, 2, 3, 4 or 6": ("--backbone", *["resnet18"] * 5),
         "'mine'": ("--out", "mine/teacher.pt"),
         "cut.pt.resume: not a readable checkpoint": ("--out", "cut.pt", "--resume"),
     }
     for words, options in refusals.items():
         assert_refused(run_script("tools.distill", *photos, "--out", "o/t.pt", *options), words)
-    assert_refused(run_script("tools.distill"), "required: --images, --backbone-weights")
+    assert_refused(run_script("tools.distill"), "required: --images")
 
 
 def test_a_loss_that_is_not_finite(photos, run_script, tmp_path):

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from efficientad import (
     hard_feature_loss,
     quantile,
 )
-from support.training import calibrate_gaussian, fast_losses
+from support.training import calibrate_gaussian, fast_losses, short_losses
 
 IMAGES = torch.randint(0, 256, (4, 3, 128, 128), dtype=torch.uint8)
 
@@ -170,14 +171,38 @@ def test_hard_feature_loss_is_the_mean_of_the_largest():
     assert hard_feature_loss(torch.zeros(1, 2, 3, 3), torch.ones(1, 2, 3, 3)).item() == 1  # ties
 
 
+def double_model(size: str, shared_stem: bool = False) -> EfficientAD:
+    """In float64, without dropout."""
+    model = EfficientAD(size=size, image_size=(128, 128), shared_stem=shared_stem).double().eval()
+    model.teacher_mean.normal_()
+    model.teacher_std.uniform_(0.5, 2)
+    model.normalize = lambda x, any_size=False: x.double() / (1 + 254 * (x.dtype == torch.uint8))
+    return model
+
+
+def assert_same_losses(model: EfficientAD, plain: Callable, fast: Callable) -> None:
+    """Two functions give the same losses and the same gradients, none of them for the teacher."""
+    results = []
+    for function in (plain, fast):
+        model.zero_grad()
+        losses = function()
+        sum(losses.values()).backward()
+        gradients = {n: q.grad for n, q in model.named_parameters() if q.grad is not None}
+        results.append((losses, gradients))
+    (plain, gradients), (fast, fast_gradients) = results
+    assert plain.keys() == fast.keys() and gradients.keys() == fast_gradients.keys()
+    for name in plain:
+        torch.testing.assert_close(fast[name], plain[name], rtol=1e-6, atol=0)
+    assert not any(name.startswith("teacher") for name in gradients)
+    for name, gradient in gradients.items():
+        assert (fast_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
 @pytest.mark.parametrize("size", ["small", "medium"])
 def test_losses_are_the_papers_and_the_fast_ones_are_the_same(size):
     """Each term by hand; then `fast_losses` in float64, losses and gradients, with the teacher's
     output known and not, with and without photos."""
-    model = EfficientAD(size=size, image_size=(128, 128)).double().eval()  # no dropout: comparable
-    model.teacher_mean.normal_()
-    model.teacher_std.uniform_(0.5, 2)
-    model.normalize = lambda x: (x.double() / (255 if x.dtype == torch.uint8 else 1)) - 0.5
+    model = double_model(size)
     i, j, p = IMAGES[:1], torch.rand(1, 3, 128, 128), IMAGES[1:2]
     losses = {name: loss.double() for name, loss in model.losses(i, j, p, 0.99).items()}
     x, y, z = (model.normalize(images) for images in (i, j, p))
@@ -193,24 +218,24 @@ def test_losses_are_the_papers_and_the_fast_ones_are_the_same(size):
 
     cases = [(p, model.teacher_features(x)), (p, None), (None, None)]
     for photos, known in cases if size == "small" else cases[:1]:
-        results = []
-        for function in (
+        assert_same_losses(
+            model,
             lambda: model.losses(i, j, photos, 0.99),
             lambda: fast_losses(model, (i, j, photos), 0.99, known),
-        ):
-            model.zero_grad()
-            losses = function()
-            sum(losses.values()).backward()
-            gradients = {n: q.grad for n, q in model.named_parameters() if q.grad is not None}
-            results.append((losses, gradients))
-        (plain, gradients), (fast, fast_gradients) = results
-        assert plain.keys() == fast.keys() and ("penalty" in plain) == (photos is not None)
-        for name in plain:
-            torch.testing.assert_close(fast[name], plain[name], rtol=1e-6, atol=0)
-        assert not any(name.startswith("teacher") for name in gradients)
-        assert gradients.keys() == fast_gradients.keys()
-        for name, gradient in gradients.items():
-            assert (fast_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+        )
+
+
+@pytest.mark.parametrize("size", ["small", "medium"])
+def test_short_losses_are_the_papers_with_j_for_i(size):
+    """In float64, with a shared stem, and photos of another size or none."""
+    model = double_model(size, shared_stem=True)
+    j, p = torch.rand(1, 3, 128, 128), IMAGES[1:2, :, :64, :96]
+    for photos in (p, None):
+        assert_same_losses(
+            model,
+            lambda: model.losses(j, j, photos, 0.99),
+            lambda: short_losses(model, j, photos, 0.99),
+        )
 
 
 def test_gradient_of_the_student_autoencoder_loss_reaches_both():

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import resource
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import torch
 from conftest import PHOTO, ROOT, TINY, assert_refused, put
 
-import train
+import support.training
 from efficientad import PDN, EfficientAD, ModelError
 from support.checkpoints import all_finite, load_model, read_checkpoint, write_checkpoint
 from support.runs import LossCheck, write
@@ -26,6 +27,10 @@ def command(tmp_path, teacher):
         put(tmp_path / f"part/train/good/{i}.png", PHOTO.rotate(90 * i))
     options = ("--data", "part", *TINY, "--teacher", teacher, "--precision", "fp32", "--out", "o")
     return ("train.py", *options)
+
+
+def log_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def states_equal(a, b) -> bool:
@@ -47,10 +52,34 @@ def test_run_folder_and_log(command, run_script, tmp_path):
     model = load_model(first / "model.pt", EfficientAD)
     assert model.threshold.isfinite() and (model.quantiles[:, 1] > model.quantiles[:, 0]).all()
     assert model.training_info["steps"] == 11 and model.training_info["validation_images"] == 1
-    log = [json.loads(line) for line in (first / "log.jsonl").read_text().splitlines()]
+    log = log_of(first)
     assert log[0].keys() == {"step", "lr", "hard", "autoencoder", "student_autoencoder"}
-    rates = {entry["step"]: entry["lr"] for entry in log}  # × 0.1 at 95 % of the steps
-    assert rates == {0: 1e-5, 10: pytest.approx(1e-6)}
+    rates = {entry["step"]: entry["lr"] for entry in log}  # half a cosine
+    assert rates == {0: 1e-5, 10: pytest.approx(5e-6 * (1 + math.cos(0.9 * math.pi)))}
+    assert model.shared_stem and torch.equal(model.student[3].weight, model.teacher[3].weight)
+    start = model.teacher[6].weight  # of the student's third convolution; Adam moves it by about lr
+    assert 1e-6 < (model.student[6].weight - start).abs().max() < 1e-3
+
+
+def test_recipe_paper(command, run_script, tmp_path):
+    options = ("--steps", 20, "--recipe", "paper", "--pretraining-images", "none")
+    assert run_script(*command, *options)[0] == 0
+    rates = {entry["step"]: entry["lr"] for entry in log_of(tmp_path / "o")}
+    assert rates == {0: 1e-4, 10: 1e-4, 19: pytest.approx(1e-5)}  # × 0.1 at 95 % of the steps
+    model = load_model(tmp_path / "o/model.pt", EfficientAD)
+    assert not model.shared_stem and model.student[0].weight.ne(model.teacher[0].weight).any()
+
+
+def test_minutes_choose_the_steps(command, run_script, tmp_path, monkeypatch):
+    """The same number of steps gives the same model; a resumed run chooses no other number."""
+    monkeypatch.setattr("support.training.steps_until", lambda *_: 3)
+    status, _, err = run_script(*command, "--minutes", 0.2)
+    assert status == 0 and "recipe short: 3 steps of 1" in err
+    assert run_script(*command[:-1], "p", "--steps", 3)[0] == 0
+    assert states_equal(tmp_path / "o/model.pt", tmp_path / "p/model.pt")
+    for options in (("--minutes", 0), ("--minutes", 1, "--steps", 5), ("--minutes", "nan")):
+        result = run_script(*command[:-1], "q", *options)
+        assert_refused(result, "--minutes takes a number above 0, without --steps")
 
 
 def test_every_option_reaches_the_model(command, run_script, tmp_path):
@@ -59,7 +88,8 @@ def test_every_option_reaches_the_model(command, run_script, tmp_path):
     shape = ("--image-size", 128, 160, "--steps", 1, "--batch-size", 2, "--teacher", "m.pt")
     assert run_script(*command, *options, *shape)[0] == 0
     model = load_model(tmp_path / "o/model.pt", EfficientAD)
-    assert model.config == {"size": "medium", "image_size": (128, 160), "padding": True}
+    config = {"size": "medium", "image_size": (128, 160), "padding": True, "shared_stem": True}
+    assert model.config == config
     values = {
         "batch_size": 2,
         "p_hard": 0,
@@ -76,7 +106,6 @@ def test_a_command_for_several_runs_names_the_sweeps(command, run_script, tmp_pa
     for options in (("--seeds", "0,1"), ("--ablation",), ("--data", "many"), ("--seeds=0,1",)):
         result = run_script(*command, *options)
         assert_refused(result, "Use: python -m tools.sweep --data part", *options)
-    assert_refused(run_script("train.py", "--model", "simplenet"), "python -m baselines.simplenet")
     result = run_script("baselines.simplenet", "--data", "many")
     assert_refused(result, "Use: python -m tools.sweep --model simplenet --data many")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -155,14 +184,14 @@ def test_resume_from_another_folder_after_the_data_moved(
 
 
 def test_a_loss_that_is_not_finite_stops_training(command, run_script, tmp_path, monkeypatch):
-    losses_of, calls = train.fast_losses, []
+    losses_of, calls = support.training.short_losses, []
 
     def spoiled(*args):
         calls.append(1)
         nan = {"penalty": torch.tensor(torch.nan, requires_grad=True)}
         return losses_of(*args) | (nan if len(calls) == 4 else {})
 
-    monkeypatch.setattr("support.training.fast_losses", spoiled)
+    monkeypatch.setattr("support.training.short_losses", spoiled)
     result = run_script(*command, "--steps", 9)
     assert_refused(result, "o: step 3: the loss is not finite; lower --lr")
     state = read_checkpoint(tmp_path / "o/resume.pt")

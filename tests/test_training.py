@@ -2,26 +2,34 @@
 
 import time
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from conftest import DEMO_SIZE
 from PIL import Image, ImageEnhance
+from torch import nn
 
 import support.training
 import train
 from efficientad import EfficientAD
 from support.checkpoints import load_model
 from support.training import (
+    Muon,
     Step,
     augment,
+    cosine,
     draw,
     in_threads,
     luma,
     make_adam,
+    make_optimizers,
+    orthogonal,
+    quarters,
     set_rate,
     shuffled,
+    steps_until,
     teacher_outputs,
     turn_gray,
 )
@@ -87,7 +95,7 @@ def test_step_over_buffers_is_the_plain_step(demo_images, trained):
         learned = [*m.student.parameters(), *m.autoencoder.parameters()]
         optimizers.append(make_adam([{"params": learned, "lr": 1e-4}], x.device))
     losses_of = partial(train.losses_of, model=model, p_hard=0.99)
-    step = Step(losses_of, optimizers[0], x.device, "fp32")
+    step = Step(losses_of, optimizers[:1], x.device, "fp32")
     step.buffers = {name: torch.full_like(tensor, 7) for name, tensor in batch.items()}
     losses = step(batch)
 
@@ -102,7 +110,7 @@ def test_step_over_buffers_is_the_plain_step(demo_images, trained):
     optimizers[1].step()
     moved = [(q - p).norm() for p, q in zip(before, plain.student.parameters())]
     assert min(moved) > 0
-    set_rate(optimizers[0], 0.1)
+    set_rate(optimizers, 0.1)
     assert optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-5)
 
 
@@ -110,6 +118,7 @@ def test_teacher_outputs_are_kept_if_there_is_room(tiny_demo, teacher, monkeypat
     """The same training with and without room; fp32, where keeping rounds nothing."""
     options = ["--data", tiny_demo, "--steps", 5, "--precision", "fp32", "--image-size", 128]
     options += ["--pretraining-images", "none", "--device", "cpu", "--teacher", teacher]
+    options += ["--recipe", "paper"]
     states = []
     for name, room in (("kept", 1 << 30), ("anew", 0)):
         monkeypatch.setattr(support.training, "KEPT_BYTES", room)
@@ -117,6 +126,74 @@ def test_teacher_outputs_are_kept_if_there_is_room(tiny_demo, teacher, monkeypat
         states.append(load_model(folder / "model.pt", EfficientAD).student.state_dict())
     for a, b in zip(*(s.values() for s in states)):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_quarters_are_random_parts():
+    images = torch.arange(2 * 3 * 8 * 6).reshape(2, 3, 8, 6)
+    parts = list(quarters(iter([images] * 200), range(5, 205), 0))
+    corners = {tuple(divmod(part[0, 0, 0, 0].item(), 6)) for part in parts}
+    assert corners == {(top, left) for top in range(5) for left in range(4)}
+    for part in parts:
+        top, left = divmod(part[0, 0, 0, 0].item(), 6)
+        assert torch.equal(part, images[:, :, top : top + 4, left : left + 3])
+    assert torch.equal(next(quarters(iter([images]), range(9, 10), 0)), parts[4])  # by the step
+
+
+def test_cosine():
+    factors = [cosine(step, 100) for step in range(100)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1])
+    assert factors[5] == 1 and factors[52:53] == pytest.approx([0.5], abs=0.01)
+    assert all(a > b for a, b in pairwise(factors[5:])) and 0 < factors[-1] < 1e-3
+
+
+def test_muon_steps_are_orthogonal():
+    """The update of a matrix has singular values near rate · 0.2 · √(longer side), whatever those
+    of the gradient; torch.optim.Muon agrees, momentum and all."""
+    torch.manual_seed(0)
+    for shape in ((12, 5, 2, 2), (6, 10, 3, 3)):
+        weight, matrix = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.zeros(shape[0], 1))
+        matrix.data = torch.zeros(shape).flatten(1)
+        muon = Muon([{"params": [weight], "lr": 0.01}])
+        reference = torch.optim.Muon(
+            [matrix], lr=0.01, weight_decay=0, adjust_lr_fn="match_rms_adamw"
+        )
+        for _ in range(3):
+            weight.grad = torch.randn(shape)
+            matrix.grad = weight.grad.flatten(1)
+            muon.step()
+            reference.step()
+        difference = (weight.flatten(1) - matrix).norm() / matrix.norm()
+        assert difference < 5e-2, difference  # bf16
+    values = torch.linalg.svdvals(orthogonal(torch.randn(20, 8) * torch.logspace(0, 1, 8)).float())
+    assert 0.6 < values.min() and values.max() < 1.3
+
+
+def test_optimizers_learn_all_but_the_shared_stem():
+    model = EfficientAD(image_size=(128, 128), shared_stem=True)
+    adam, muon = make_optimizers(model, 1e-3, 2e-3)
+    learned = [id(w) for part in (adam, muon) for g in part.param_groups for w in g["params"]]
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    assert len(learned) == len(set(learned))
+    expected = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert {names[i] for i in learned} == expected
+    assert not expected & {"student.0.weight", "student.3.bias", "teacher.0.weight"}
+    assert all(w.ndim == 4 for w in muon.param_groups[0]["params"])
+    assert len(make_optimizers(EfficientAD(), 1e-4)) == 1
+
+
+def test_steps_until():
+    """As many as fit into the time that is left after measuring and before calibration."""
+    model, image = EfficientAD(image_size=(128, 128)).eval(), np.zeros((3, 128, 128), np.uint8)
+
+    def take_step(_: int) -> dict:
+        time.sleep(0.01)
+        return {"hard": torch.zeros(())}
+
+    without, calibrated = (
+        steps_until(time.time() + 5, take_step, model, [image] * n) for n in (1, 9)
+    )
+    assert 200 < without < 500 and 1 <= calibrated < without
+    assert steps_until(time.time(), take_step, model, [image]) == 1
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
@@ -129,11 +206,11 @@ def test_a_captured_step_learns_what_an_eager_one_does(demo_images, trained):
         learned = [*model.student.parameters(), *model.autoencoder.parameters()]
         optimizer = make_adam([{"params": learned, "lr": 1e-4}], torch.device("cuda"))
         losses_of = partial(train.losses_of, model=model, p_hard=0.999)
-        step = Step(losses_of, optimizer, torch.device("cuda"), "fp32")
+        step = Step(losses_of, [optimizer], torch.device("cuda"), "fp32")
         step.graph.WARM_UP = warm_up
         for i in range(8):
             torch.manual_seed(i)
-            set_rate(optimizer, 1 / (i + 1))
+            set_rate([optimizer], 1 / (i + 1))
             batch = {"images": demo_images[i % 5][None], "photos": demo_images[i][None]}
             losses = step({**batch, "draws": draw(1)})
         moved = [(q - p).norm() for p, q in zip(start, model.student.parameters())]

@@ -133,7 +133,7 @@ def our_step(model: EfficientAD, precision: str, images: Tensor, photos: Tensor)
     images, model = images.to(device), model.to(memory_format=torch.channels_last)
     teacher = teacher_outputs(model, [images], precision)
     optimizer = make_adam([{"params": learned, "lr": 1e-4}], device)
-    take_step = Step(partial(losses_of, model=model, p_hard=0.999), optimizer, device, precision)
+    take_step = Step(partial(losses_of, model=model, p_hard=0.999), [optimizer], device, precision)
     batch = {"images": images, "photos": photos, "teacher": teacher}
     return lambda: take_step({**batch, "draws": draw(1)})["hard"].item()
 

@@ -1,7 +1,6 @@
-"""Make a teacher: distil a pretrained ResNet into a patch description network (section 3.1).
+"""Make a teacher: distil pretrained networks into a patch description network (section 3.1).
 
-    python -m tools.distill --images imagenet/train \\
-        --backbone-weights wide_resnet101_2-32ee1156.pth    # the paper's; others: weights/README.md
+    python -m tools.distill --images imagenet/train         # the paper's; others: weights/README.md
     torchrun --nproc-per-node 8 -m tools.distill ...        # the same on eight GPUs
 
 The backbone sees the image at twice the PDN's size, so that its layer 2 has the PDN's output grid
@@ -16,6 +15,7 @@ import math
 import os
 import sys
 import time
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +26,21 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from efficientad import IMAGENET_MEAN, IMAGENET_STD, PDN, ModelError, channel_statistics
-from support.backbone import ARCHITECTURES, PatchFeatures, ResNet, load_weights
+from efficientad import CHANNELS, IMAGENET_MEAN, IMAGENET_STD, PDN, ModelError, channel_statistics
+from support.backbone import (
+    ARCHITECTURES,
+    PatchFeatures,
+    fold_batch_norms,
+    load_weights,
+    make_trunk,
+)
 from support.checkpoints import all_finite, read_checkpoint, write_checkpoint
 from support.data import DataError, list_images, read_image
 from support.options import OptionError, make_parser, option, pick_device
 from support.runs import Interrupt, Log, LossCheck, fingerprint, lock, remove_leftovers, run_command
-from support.training import in_threads, permutation, prepare_torch
+from support.training import Muon, cosine, in_threads, permutation, prepare_torch
 
-USAGE = "python -m tools.distill --images DIR [DIR ...] --backbone-weights FILE [options]"
+USAGE = "python -m tools.distill --images DIR [DIR ...] [options]"
 # What torchrun says: number and count of the processes, of all and of this host.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -43,17 +49,26 @@ LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 @dataclasses.dataclass
 class Options:
-    """Distil a pretrained ResNet into an EfficientAD teacher. Defaults are the paper's values."""
+    """Distil pretrained networks into a teacher of EfficientAD. Defaults are the paper's values."""
 
     images: list[str] = option([], "folders of photos, at any depth", metavar="DIR", required=True)
-    backbone_weights: str = option(None, "torchvision's weight file", metavar="FILE", required=True)
-    backbone: str = option("wide_resnet101_2", "what is distilled", choices=list(ARCHITECTURES))
+    backbone: list[str] = option(
+        ["wide_resnet101_2"],
+        "what is distilled: wide_resnet101_2 as in the paper, or others, which share the channels",
+        choices=ARCHITECTURES,
+        metavar="NAME",
+    )
+    backbone_weights: list[str] | None = option(
+        None, "their files, in turn; by default the published ones are found", metavar="FILE"
+    )
     size: str = option("small", "size of the teacher", choices=["small", "medium"])
     steps: int = option(60000, "steps of the optimizer")
     batch_size: int = option(16, "images a step, of all processes together")
-    lr: float = option(1e-4, "Adam's")
+    lr: float = option(1e-4, "learning rate")
+    optimizer: str = option("adam", "muon: for all layers but the first", choices=["adam", "muon"])
     schedule: str = option("constant", "how the learning rate goes", choices=["constant", "cosine"])
     image_size: int = option(256, "the PDN's input; the backbone sees twice that")
+    interior: bool = option(False, "learn where a patch lies within the image: no zero padding")
     crops: list[float] | None = option(
         None, "random crops of this share of a photo, with flips", nargs=2, metavar=("MIN", "MAX")
     )
@@ -78,6 +93,12 @@ class Options:
             raise OptionError("need --lr > 0, --seed >= 0 and < 2**32")
         if self.image_size % 32 or self.image_size < 32:
             raise OptionError("--image-size must be a multiple of 32")
+        if self.image_size < 64 and self.interior:
+            raise OptionError("--interior needs --image-size 64 or more")
+        if len(self.backbone_weights or ()) > len(self.backbone):
+            raise OptionError("--backbone-weights has more files than --backbone has names")
+        if 384 % (2 * len(self.backbone)):
+            raise OptionError("--backbone takes 1, 2, 3, 4 or 6 names")
         if self.batch_size % WORLD:
             raise OptionError(f"--batch-size must be a multiple of the {WORLD} processes")
         if self.crops and not 0 < self.crops[0] <= self.crops[1] <= 1:
@@ -144,16 +165,6 @@ class Views:
         return tqdm(prepared, name, steps.stop, initial=steps.start, disable=RANK > 0)
 
 
-def learning_rate(step: int, options: Options) -> float:
-    """The paper's constant, or cosine: a linear warm-up in 5 % of the steps, half a cosine to 0."""
-    lr, warmup = options.lr, max(1, options.steps // 20)
-    if options.schedule == "constant":
-        return lr
-    if step < warmup:
-        return lr * (step + 1) / warmup
-    return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (options.steps - warmup)))
-
-
 class Distillation:
     """A teacher in the making: photos, networks, optimizer, and the files of the run, locked. Every
     40th photo, at most 64, is held out to measure the loss on photos that were not learned."""
@@ -174,11 +185,22 @@ class Distillation:
         self.held_out = Views(held_out, options)
 
         self.device = device = torch.device(options.device)
-        trunk = ResNet(options.backbone)
-        load_weights(trunk, options.backbone_weights)
-        self.features = PatchFeatures(trunk).to(device, memory_format=torch.channels_last)
-        self.pdn = PDN(options.size, padding=True).to(device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.Adam(self.pdn.parameters(), weight_decay=1e-5, fused=True)
+        self.features = nn.ModuleList()
+        for name, file in zip_longest(options.backbone, options.backbone_weights or ()):
+            trunk = make_trunk(name).eval()
+            load_weights(trunk, file)
+            fold_batch_norms(trunk)
+            self.features.append(PatchFeatures(trunk, CHANNELS // len(options.backbone)))
+        self.features.to(device, memory_format=torch.channels_last)
+        self.pdn = PDN(options.size, padding=not options.interior)
+        self.pdn.to(device, memory_format=torch.channels_last)
+        self.optimizers = []
+        matrices = [layer.weight for layer in self.pdn if isinstance(layer, nn.Conv2d)][1:]
+        if options.optimizer == "muon":
+            self.optimizers.append(Muon([{"params": matrices}]))
+        learned = {id(p) for optimizer in self.optimizers for p in matrices}
+        others = [p for p in self.pdn.parameters() if id(p) not in learned]
+        self.optimizers.append(torch.optim.Adam(others, weight_decay=1e-5, fused=True))
         constants = (IMAGENET_MEAN, IMAGENET_STD)  # copied once: a copy in each step would wait
         self.imagenet = [torch.tensor(v, device=device).view(1, 3, 1, 1) for v in constants]
 
@@ -196,8 +218,14 @@ class Distillation:
             return network(self.normalize(images)).float()
 
     def target(self, large: Tensor) -> Tensor:
-        """Features with mean 0 and variance 1 in each channel: uint8 N×3×2S×2S -> N×384×S/4×S/4."""
-        return (self.compute(self.features, large) - self.mean) / self.std
+        """Features with mean 0 and variance 1 in each channel, on the PDN's grid: uint8 N×3×2S×2S
+        -> N×384×S/4×S/4, or S/4 − 8 in the interior."""
+        features = (self.measure(large) - self.mean) / self.std
+        return features[..., 4:-4, 4:-4] if self.options.interior else features
+
+    def measure(self, large: Tensor) -> Tensor:
+        """The features of the backbones, side by side."""
+        return torch.cat([self.compute(features, large) for features in self.features], 1)
 
     def begin(self) -> None:
         """Take the saved state, or measure mean and standard deviation of the features."""
@@ -207,7 +235,7 @@ class Distillation:
             print(f"{self.state_file}: nothing saved yet, begins at step 0", file=sys.stderr)
         count = min(self.options.statistics_images, len(self.views.paths))
         batches = self.views.batches(range(count), "feature statistics")
-        features = (self.compute(self.features, large) for _, large in batches)
+        features = (self.measure(large) for _, large in batches)
         self.mean, self.std = channel_statistics(features)
         if RANK == 0:
             self.save()  # the statistics took a while
@@ -225,7 +253,8 @@ class Distillation:
             self.step = state["step"]
             self.mean, self.std = (state[name].to(self.device) for name in ("mean", "std"))
             self.pdn.load_state_dict(state["pdn"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
             raise ModelError(f"{file}: damaged; remove it and start again") from None
 
@@ -238,7 +267,8 @@ class Distillation:
             raise ModelError(f"{self.out}: step {self.step - 1}: {reason}")
         state = {"step": self.step, "options": self.options.saved(), "photos": self.photos}
         state |= {"mean": self.mean, "std": self.std, "pdn": self.pdn.state_dict()}
-        write_checkpoint({**state, "optimizer": self.optimizer.state_dict()}, self.state_file)
+        state |= {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+        write_checkpoint(state, self.state_file)
 
     def train(self) -> None:
         """The steps that are left. Ctrl-C saves the state and ends the process; under torchrun all
@@ -251,12 +281,16 @@ class Distillation:
         self.started = time.time()
         with Interrupt() as interrupt:
             for small, large in batches:
-                rate = learning_rate(self.step, options)
-                self.optimizer.param_groups[0]["lr"] = rate
+                rate = options.lr
+                if options.schedule == "cosine":
+                    rate *= cosine(self.step, options.steps)
+                for optimizer in self.optimizers:
+                    optimizer.param_groups[0]["lr"] = rate
                 loss = F.mse_loss(self.compute(network, small), self.target(large))
-                self.optimizer.zero_grad()
+                self.pdn.zero_grad()
                 loss.backward()
-                self.optimizer.step()
+                for optimizer in self.optimizers:
+                    optimizer.step()
                 self.check.add(loss)
                 stopping = interrupt.asked and WORLD == 1
                 if self.step % 20 == 0 or self.step == options.steps - 1:
