@@ -2,13 +2,9 @@
 
     python train.py                                  # the built-in demo set
     python train.py --data mvtec/bottle --minutes 5  # then: python evaluate.py
-    python train.py --data mvtec_loco/pushpins --size medium --pretraining-images imagenet/train
     python train.py --resume runs/bottle-small       # go on after an interruption
 
-Recipe paper is the paper's training. Recipe short, ours, learns more in minutes: the student shares
-the teacher's stem and begins with its other layers, J takes the place of I, penalty images are a
-quarter as large, Muon learns the autoencoder, the rate is higher and follows a cosine.
-
+Recipe paper is the paper's training. Recipe short, ours, learns more in minutes: docs/options.md.
 Every random choice of a step is a function of the seed and the step's number, so a resumed run
 equals an uninterrupted one. Several categories or seeds, and ablations: python -m tools.sweep.
 """
@@ -29,12 +25,13 @@ from efficientad import EfficientAD, ModelError, check_image_size
 from support import training
 from support.checkpoints import is_url, load_teacher
 from support.data import is_demo, load_normal_images
+from support.optimizers import cosine, kernels_of, make_optimizers, set_rate
 from support.options import OptionError, RunOptions, option, parse_options, refuse_several_runs
 from support.runs import Run, check_free, run_command
 from support.tiling import TiledEfficientAD
 
 PAPER_STEPS, CPU_STEPS, SHORT_STEPS = 70000, 1500, 10000  # below SHORT_STEPS: recipe short
-LR = {"paper": 1e-4, "short": 1e-3}
+LR, MUON = {"paper": 1e-4, "short": 1e-3}, 2  # Muon's learning rate is twice Adam's
 USAGE = "python train.py [--data DIR] [options]"
 
 
@@ -102,13 +99,19 @@ def losses_of(batch: dict[str, Tensor], model: EfficientAD, p_hard: float) -> di
 def rate_factor(step: int, options: Options) -> float:
     """The paper's learning rate drops to a tenth at 95 % of the steps, ours follows a cosine."""
     if options.recipe == "short":
-        return training.cosine(step, options.steps)
+        return cosine(step, options.steps)
     return 0.1 if step >= int(0.95 * options.steps) else 1
 
 
+def optimizers_of(model: EfficientAD, options: Options) -> list[torch.optim.Optimizer]:
+    """Adam for student and autoencoder; recipe short: Muon for the autoencoder's convolutions."""
+    learned = [*model.student.parameters(), *model.autoencoder.parameters()]
+    matrices = kernels_of(model.autoencoder) if options.recipe == "short" else []
+    return make_optimizers(learned, matrices, options.lr, MUON * options.lr)
+
+
 def make_step(model: EfficientAD, optimizers: list, options: Options, data: dict) -> Callable:
-    """A function that takes step i and returns its losses by name. `data`: images, photos and
-    teacher outputs, as far as there are any."""
+    """A function that takes step i and returns its losses from images, photos, teacher outputs."""
     device, n, streams = torch.device(options.device), options.batch_size, {}
     losses = partial(losses_of, model=model, p_hard=options.p_hard)
     compute = training.Step(losses, optimizers, device, options.precision)
@@ -116,13 +119,13 @@ def make_step(model: EfficientAD, optimizers: list, options: Options, data: dict
     def take_step(step: int) -> dict[str, Tensor]:
         if not streams:  # a resumed run begins in the middle
             steps, seed = range(step, options.steps), options.seed
-            for name in (name for name, images in data.items() if images is not None):
-                order = (seed, int(name == "photos"))
-                streams[name] = training.batches_of(data[name], steps, n, *order)
+            for i, images in data.items():
+                if images is not None:
+                    streams[i] = training.batches_of(images, steps, n, seed, int(i == "photos"))
             if "photos" in streams and model.shared_stem:
                 streams["photos"] = training.quarters(streams["photos"], steps, seed)
         torch.manual_seed(options.seed * 1_000_003 + step)
-        training.set_rate(optimizers, rate_factor(step, options))
+        set_rate(optimizers, rate_factor(step, options))
         batch = {name: next(batches) for name, batches in streams.items()}
         return compute({**batch, "draws": training.draw(n)})
 
@@ -145,7 +148,6 @@ def train(options: Options) -> Path:
 
     # Teacher, student and autoencoder; μ and σ of the teacher over the training images (3.2).
     short = options.recipe == "short"
-    muon = 2 * options.lr if short else None  # the rate of the autoencoder's convolutions
     shape = {"size": options.size, "image_size": size, "padding": options.padding}
     model = TiledEfficientAD(**shape, shared_stem=short)
     model.to(device, memory_format=torch.channels_last)
@@ -159,20 +161,18 @@ def train(options: Options) -> Path:
     if options.steps is None:
         options.steps = 10**6  # of the copy that measures
         trial = copy.deepcopy(model).train()
-        optimizers = training.make_optimizers(trial, options.lr, muon)
-        take_step = make_step(trial, optimizers, options, data)
+        take_step = make_step(trial, optimizers_of(trial, options), options, data)
         end = began + 60 * options.minutes
         options.steps = training.steps_until(end, take_step, model, normal.validation)
 
-    # The run folder: a new one, or as an interrupted run left it.
-    optimizers = training.make_optimizers(model, options.lr, muon)
-    run = Run(options, normal, options.size, photos)
+    optimizers = optimizers_of(model, options)
+    run = Run(options, normal, options.size, photos)  # new, or as an interrupted run left it
     run.attach(model, optimizers)
     run.describe(f"recipe {options.recipe}: {options.steps} steps of {n}", penalty)
 
     # The teacher's outputs for I are kept if they are wanted more than once.
-    several = not short and len(data["images"]) <= wanted
-    if several and training.outputs_fit(model, len(data["images"]), options.precision):
+    count = len(data["images"])
+    if not short and count <= wanted and training.outputs_fit(model, count, options.precision):
         each = training.one_by_one(data["images"], device, "teacher outputs")
         data["teacher"] = training.teacher_outputs(model, each, options.precision)
 

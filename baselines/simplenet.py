@@ -33,9 +33,10 @@ from support.backbone import (
 from support.checkpoints import all_finite, is_url, load_model, write_checkpoint
 from support.data import is_demo, load_normal_images
 from support.fast import DTYPES, BatchGraphs, choose_precision
+from support.optimizers import make_adam
 from support.options import OptionError, RunOptions, option, parse_options, refuse_several_runs
 from support.runs import Run, check_free, run_command
-from support.training import Step, batches_of, make_adam, one_by_one, prepare_torch
+from support.training import Step, batches_of, one_by_one, prepare_torch
 
 CHANNELS, HIDDEN = 1536, 1024  # of a feature, of the discriminator's hidden layer
 EPOCHS, CPU_EPOCHS = 160, 40  # the former is the paper's

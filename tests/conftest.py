@@ -19,8 +19,9 @@ sys.path.insert(0, str(ROOT))
 from efficientad import EfficientAD  # noqa: E402
 from support import data, demo  # noqa: E402
 from support.checkpoints import load_teacher  # noqa: E402
+from support.optimizers import make_adam  # noqa: E402
 from support.tiling import TiledEfficientAD  # noqa: E402
-from support.training import Step, draw, make_adam  # noqa: E402
+from support.training import Step, draw  # noqa: E402
 from train import losses_of  # noqa: E402
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))

@@ -15,19 +15,14 @@ import support.training
 import train
 from efficientad import EfficientAD
 from support.checkpoints import load_model
+from support.optimizers import Muon, cosine, make_adam, orthogonal, set_rate
 from support.training import (
-    Muon,
     Step,
     augment,
-    cosine,
     draw,
     in_threads,
     luma,
-    make_adam,
-    make_optimizers,
-    orthogonal,
     quarters,
-    set_rate,
     shuffled,
     steps_until,
     teacher_outputs,
@@ -170,15 +165,19 @@ def test_muon_steps_are_orthogonal():
 
 def test_optimizers_learn_all_but_the_shared_stem():
     model = EfficientAD(image_size=(128, 128), shared_stem=True)
-    adam, muon = make_optimizers(model, 1e-3, 2e-3)
+    options = train.Options(device="cpu", steps=5)
+    adam, muon = train.optimizers_of(model, options)
     learned = [id(w) for part in (adam, muon) for g in part.param_groups for w in g["params"]]
     names = {id(weight): name for name, weight in model.named_parameters()}
-    assert len(learned) == len(set(learned))
     expected = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    assert {names[i] for i in learned} == expected
+    assert len(learned) == len(set(learned)) and {names[i] for i in learned} == expected
     assert not expected & {"student.0.weight", "student.3.bias", "teacher.0.weight"}
-    assert all(w.ndim == 4 for w in muon.param_groups[0]["params"])
-    assert len(make_optimizers(EfficientAD(), 1e-4)) == 1
+    found = {names[id(w)] for w in muon.param_groups[0]["params"]}
+    kernels = {n for n in expected if n.startswith("autoencoder") and n.endswith("weight")}
+    assert found == kernels - {"autoencoder.0.weight"}
+    assert (adam.param_groups[0]["lr"], muon.param_groups[0]["lr"]) == (1e-3, 2e-3)
+    options = train.Options(device="cpu", steps=5, recipe="paper")
+    assert len(train.optimizers_of(EfficientAD(), options)) == 1
 
 
 def test_steps_until():

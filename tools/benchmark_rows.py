@@ -15,7 +15,8 @@ from efficientad import EfficientAD
 from kernels.conv_relu_pool import reference as conv_relu_pool_reference
 from kernels.distance_map import combined_map_reference, distance_map_reference
 from support.fast import cpu_has_bf16, optimize
-from support.training import Step, augment, draw, make_adam, teacher_outputs, turn_gray
+from support.optimizers import make_adam
+from support.training import Step, augment, draw, teacher_outputs, turn_gray
 from train import losses_of
 
 

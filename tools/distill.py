@@ -36,9 +36,10 @@ from support.backbone import (
 )
 from support.checkpoints import all_finite, read_checkpoint, write_checkpoint
 from support.data import DataError, list_images, read_image
+from support.optimizers import cosine, kernels_of, make_optimizers, set_rate
 from support.options import OptionError, make_parser, option, pick_device
 from support.runs import Interrupt, Log, LossCheck, fingerprint, lock, remove_leftovers, run_command
-from support.training import Muon, cosine, in_threads, permutation, prepare_torch
+from support.training import in_threads, permutation, prepare_torch
 
 USAGE = "python -m tools.distill --images DIR [DIR ...] [options]"
 # What torchrun says: number and count of the processes, of all and of this host.
@@ -97,7 +98,7 @@ class Options:
             raise OptionError("--interior needs --image-size 64 or more")
         if len(self.backbone_weights or ()) > len(self.backbone):
             raise OptionError("--backbone-weights has more files than --backbone has names")
-        if 384 % (2 * len(self.backbone)):
+        if CHANNELS % (2 * len(self.backbone)):
             raise OptionError("--backbone takes 1, 2, 3, 4 or 6 names")
         if self.batch_size % WORLD:
             raise OptionError(f"--batch-size must be a multiple of the {WORLD} processes")
@@ -194,13 +195,9 @@ class Distillation:
         self.features.to(device, memory_format=torch.channels_last)
         self.pdn = PDN(options.size, padding=not options.interior)
         self.pdn.to(device, memory_format=torch.channels_last)
-        self.optimizers = []
-        matrices = [layer.weight for layer in self.pdn if isinstance(layer, nn.Conv2d)][1:]
-        if options.optimizer == "muon":
-            self.optimizers.append(Muon([{"params": matrices}]))
-        learned = {id(p) for optimizer in self.optimizers for p in matrices}
-        others = [p for p in self.pdn.parameters() if id(p) not in learned]
-        self.optimizers.append(torch.optim.Adam(others, weight_decay=1e-5, fused=True))
+        matrices = kernels_of(self.pdn) if options.optimizer == "muon" else []
+        rates = (options.lr, options.lr)
+        self.optimizers = make_optimizers(self.pdn.parameters(), matrices, *rates)
         constants = (IMAGENET_MEAN, IMAGENET_STD)  # copied once: a copy in each step would wait
         self.imagenet = [torch.tensor(v, device=device).view(1, 3, 1, 1) for v in constants]
 
@@ -281,11 +278,8 @@ class Distillation:
         self.started = time.time()
         with Interrupt() as interrupt:
             for small, large in batches:
-                rate = options.lr
-                if options.schedule == "cosine":
-                    rate *= cosine(self.step, options.steps)
-                for optimizer in self.optimizers:
-                    optimizer.param_groups[0]["lr"] = rate
+                factor = cosine(self.step, options.steps) if options.schedule == "cosine" else 1
+                set_rate(self.optimizers, factor)
                 loss = F.mse_loss(self.compute(network, small), self.target(large))
                 self.pdn.zero_grad()
                 loss.backward()
@@ -300,7 +294,7 @@ class Distillation:
                     self.check.look(self.step)
                     mean, stopping = news[0].item() / WORLD, news[1].item() > 0
                     batches.set_postfix(loss=f"{mean:.4f}")
-                    entry = {"step": self.step, "loss": mean, "lr": rate}
+                    entry = {"step": self.step, "loss": mean, "lr": options.lr * factor}
                     if RANK == 0:
                         self.log.add({**entry, "seconds": time.time() - self.started})
                 self.step += 1
