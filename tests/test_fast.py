@@ -20,12 +20,13 @@ def rms_ratio(ours: torch.Tensor, plain: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    "size, padding, steps", [("small", False, 8), ("small", True, 0), ("medium", True, 0)]
+    "size, padding, shared_stem, steps",
+    [("small", False, True, 8), ("small", True, False, 0), ("medium", True, True, 0)],
 )
-def test_fast_form_computes_the_same(size, padding, steps, demo_images, trained):
+def test_fast_form_computes_the_same(size, padding, shared_stem, steps, demo_images, trained):
     """In fp32 but for rounding; in bf16 within 5 % RMS, and scores in the same order wherever they
     differ by more."""
-    model = trained(steps, size=size, padding=padding)
+    model = trained(steps, size=size, padding=padding, shared_stem=shared_stem)
     x = demo_images[-7:] if steps else demo_images[-2:]
     with torch.inference_mode():
         expected, scores = model(x)
@@ -154,7 +155,8 @@ class Largest(TorchDispatchMode):
 def test_strips_have_no_seams(size, padding, monkeypatch):
     """Large batches are divided, large images computed strip by strip: the same maps from smaller
     tensors."""
-    plain = EfficientAD(size=size, image_size=(192, 128), padding=padding).eval()
+    config = {"size": size, "padding": padding, "shared_stem": size == "small"}
+    plain = EfficientAD(image_size=(192, 128), **config).eval()
     model = TiledEfficientAD(**plain.config).eval()
     model.load_state_dict(plain.state_dict())
     images = torch.randint(0, 256, (3, 3, 192, 128), dtype=torch.uint8)

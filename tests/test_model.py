@@ -238,6 +238,24 @@ def test_short_losses_are_the_papers_with_j_for_i(size):
         )
 
 
+def test_a_shared_stem_is_computed_and_stored_once(tmp_path):
+    model, files = EfficientAD(image_size=(128, 128), shared_stem=True), []
+    for shared_stem in (True, False):
+        files.append(tmp_path / f"{shared_stem}.pt")
+        EfficientAD(image_size=(128, 128), shared_stem=shared_stem).save(files[-1])
+    stem = sum(p.numel() for i in (0, 3) for p in model.teacher[i].parameters())
+    saved = files[1].stat().st_size - files[0].stat().st_size
+    assert saved == pytest.approx(4 * stem, rel=0.01)
+    model, calls = EfficientAD.load(files[0]), []
+    for layer in (model.teacher[3], model.student[3]):
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    with torch.inference_mode():
+        model(IMAGES[:1])
+    assert len(calls) == 2  # one call with both hooks: it is one layer
+    model.teacher[0].weight.data.zero_()
+    assert not model.student[0].weight.any()
+
+
 def test_gradient_of_the_student_autoencoder_loss_reaches_both():
     model = EfficientAD(image_size=(128, 128))
     model.losses(IMAGES[:1], IMAGES[:1], None)["student_autoencoder"].backward()
