@@ -169,7 +169,7 @@ def evaluate(run: Path, model: nn.Module, options: Options) -> dict:
         entry |= {key: by_limit[limit], f"{key}_by_limit": by_limit}
 
     # Write: tables, scores, the page.
-    known = "steps epochs seed precision category data p_hard pretraining_images".split()
+    known = "recipe steps epochs seed precision category data p_hard pretraining_images".split()
     training = {"model": model.format, **model.config, **{k: info.get(k) for k in known}}
     n = info.get("validation_images")
     expected, bound = metrics.false_alarms(n) if n else (None, None)
