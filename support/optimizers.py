@@ -47,7 +47,7 @@ def make_adam(groups: list[dict], device: torch.device) -> torch.optim.Adam:
 
 
 def make_optimizers(
-    learned: Iterable[nn.Parameter], matrices: Iterable[nn.Parameter], lr: float, muon_lr: float
+    learned: Iterable[nn.Parameter], matrices: Iterable[nn.Parameter], lr: float
 ) -> list[torch.optim.Optimizer]:
     """Muon for `matrices`, weights of convolutions; Adam for the others of `learned`. Frozen ones
     are left out."""
@@ -59,7 +59,7 @@ def make_optimizers(
     device = others[0].device
     optimizers = [make_adam([{"params": others, "lr": lr}], device)]
     if matrices:
-        optimizers.append(Muon(prepare([{"params": matrices, "lr": muon_lr}], device)))
+        optimizers.append(Muon(prepare([{"params": matrices, "lr": lr}], device)))
     return optimizers
 
 

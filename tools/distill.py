@@ -196,8 +196,7 @@ class Distillation:
         self.pdn = PDN(options.size, padding=not options.interior)
         self.pdn.to(device, memory_format=torch.channels_last)
         matrices = kernels_of(self.pdn) if options.optimizer == "muon" else []
-        rates = (options.lr, options.lr)
-        self.optimizers = make_optimizers(self.pdn.parameters(), matrices, *rates)
+        self.optimizers = make_optimizers(self.pdn.parameters(), matrices, options.lr)
         constants = (IMAGENET_MEAN, IMAGENET_STD)  # copied once: a copy in each step would wait
         self.imagenet = [torch.tensor(v, device=device).view(1, 3, 1, 1) for v in constants]
 
