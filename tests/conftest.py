@@ -64,6 +64,17 @@ def run(model, tmp_path):
     return tmp_path / "run"
 
 
+@pytest.fixture
+def own(model, tiny_demo, tmp_path):
+    """A run folder whose model says that it was trained on tiny_demo."""
+    (tmp_path / "own").mkdir()
+    info = {"data": str(tiny_demo.resolve()), "category": "tiny", "steps": 3, "seed": 5}
+    checkpoint = model.checkpoint()
+    checkpoint["training"] = model.training_info | info
+    torch.save(checkpoint, tmp_path / "own/model.pt")
+    return tmp_path / "own"
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Reference values and data that lie beside the checkout; not part of the project."""
