@@ -70,28 +70,6 @@ FAST_TO_MAKE = tuple(name for name in ROWS if "compile" not in name)
 QUICK = Scope(10, ("EfficientAD-S", "SimpleNet"), FAST_TO_MAKE, (1,), (1, 4), (128, 256), (1, 4, 8))
 
 
-@dataclass
-class Options:
-    """Measure this implementation, each figure against a baseline in the same run."""
-
-    sections: list[str] = option(
-        ["inference", "cost", "training"],
-        "what is measured; kernels needs a GPU; default all others",
-        choices=["inference", "cost", "training", "kernels"],
-    )
-    accuracy: str | None = option(None, "instead: a run's fast form against eager", metavar="RUN")
-    quick: bool = option(False, "EfficientAD-S and SimpleNet at batch 1")
-    budget: float | None = option(None, "seconds for a table; default 120, 10 with --quick")
-    device: str | None = option(None, "cuda or cpu; default cuda if there is one")
-    json: str | None = option(None, "write the figures to this file too", metavar="FILE")
-    show: str | None = option(None, "instead: such a file's tables and picture", metavar="FILE")
-
-    def __post_init__(self) -> None:
-        self.device = str(pick_device(self.device))
-        if "kernels" in self.sections and not self.device.startswith("cuda"):
-            raise OptionError("--sections kernels needs a GPU that torch can use")
-
-
 # ------------------------------------------------------------------------------------- measuring
 
 
@@ -304,10 +282,6 @@ def kernels_section(scope: Scope, device: torch.device) -> dict:
     return {"copy, GB/s": copy_gb_s, **products, "kernels": rows}
 
 
-SECTIONS = {"inference": inference_section, "cost": cost_section}
-SECTIONS |= {"training": training_section, "kernels": kernels_section}
-
-
 @torch.no_grad()
 def accuracy_section(run: Path, device: torch.device) -> dict:
     """How far the fast form of a run's model is from the model, eager fp32, on its category's test
@@ -340,6 +314,32 @@ def accuracy_section(run: Path, device: torch.device) -> dict:
         "pairs in another order": int((orders[0] != orders[1]).sum() // 2),
         "other verdicts": int((verdicts[0] != verdicts[1]).sum()),
     }
+
+
+# --------------------------------------------------------------------------------------- command
+
+SECTIONS = {"inference": inference_section, "cost": cost_section}
+SECTIONS |= {"training": training_section, "kernels": kernels_section}
+
+
+@dataclass
+class Options:
+    """Measure this implementation, each figure against a baseline in the same run."""
+
+    sections: list[str] = option(
+        list(SECTIONS)[:3], "default all but kernels, which needs a GPU", choices=list(SECTIONS)
+    )
+    accuracy: str | None = option(None, "instead: a run's fast form against eager", metavar="RUN")
+    quick: bool = option(False, "EfficientAD-S and SimpleNet at batch 1")
+    budget: float | None = option(None, "seconds for a table; default 120, 10 with --quick")
+    device: str | None = option(None, "cuda or cpu; default cuda if there is one")
+    json: str | None = option(None, "write the figures to this file too", metavar="FILE")
+    show: str | None = option(None, "instead: such a file's tables and picture", metavar="FILE")
+
+    def __post_init__(self) -> None:
+        self.device = str(pick_device(self.device))
+        if "kernels" in self.sections and not self.device.startswith("cuda"):
+            raise OptionError("--sections kernels needs a GPU that torch can use")
 
 
 def main(argv: list[str] | None = None) -> None:
