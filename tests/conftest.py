@@ -35,6 +35,12 @@ def put(path: Path, content=PHOTO, **options) -> Path:
     return path
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    """The content of each file below a folder, by its path there."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
 def assert_refused(result: tuple[int, str, str], *words: object) -> None:
     """Exit status 2, and the last line alone says why; argparse writes the usage before it."""
     status, _, err = result

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_refused
+from conftest import ROOT, TINY, assert_refused, files
 from PIL import Image
 
 import evaluate
@@ -41,10 +41,6 @@ def start(monkeypatch):
 
     run(print, "the process that is forked has started")
     return run
-
-
-def files(folder: Path) -> dict[Path, bytes]:
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def check_whole(folder: Path) -> None:
@@ -97,7 +93,7 @@ def test_evaluation_survives_kill_9(start, own):
         assert status in (0, -9)
         check_whole(own)
         if (own / "results.json").exists():
-            assert (own / "results.json").read_bytes() == expected[Path("results.json")]
+            assert (own / "results.json").read_bytes() == expected["results.json"]
     (own / "overlays/left.png.tmp1").write_bytes(b"half")
     assert start(*command) == 0
     assert files(own) == expected
