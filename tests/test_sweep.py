@@ -9,25 +9,18 @@ from conftest import assert_refused
 
 import evaluate
 import train
-from support import demo
 from support.backbone import ResNet
 from support.data import DataError
 from tools import sweep
 from tools.summary import COLLECTIONS, TABLES, cells, normalizations, spread, summarize
 
-LOCO = {"train/good": 3, "validation/good": 1, "test/good": 2}
-LOCO |= {"test/logical_anomalies": 2, "test/structural_anomalies": 2}
-
 
 @pytest.fixture(scope="module")
-def loco(tmp_path_factory):
+def loco(tiny_demo, tmp_path_factory):
     """A collection of two categories."""
     root = tmp_path_factory.mktemp("sets") / "loco"
-    root.mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "DEMO_SPLITS", LOCO)
-        for seed, name in enumerate(("pushpins", "screw_bag")):
-            demo.make_demo(root / name, seed)
+    for name in ("pushpins", "screw_bag"):
+        shutil.copytree(tiny_demo, root / name)
     (root / "readme.txt").write_text("not a category")
     return root
 
