@@ -32,11 +32,10 @@ def option(default: object, text: str, **arguments) -> typing.Any:
 def make_parser(cls: type, usage: str) -> argparse.ArgumentParser:
     """A parser with an option for each field of the dataclass `cls`; its docstring's first line is
     the description. A field's type is a plain type, a list (several values) or "| None"."""
-    description = cls.__doc__.split("\n")[0]
     parser = argparse.ArgumentParser(
         prog=usage.removeprefix("python -m ").removeprefix("python ").split()[0],
         usage=usage,
-        description=description,
+        description=cls.__doc__.split("\n")[0],
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=100),
     )
@@ -119,15 +118,14 @@ class RunOptions:
         self.device = str(pick_device(self.device))
         if self.precision == "auto":
             self.precision = "bf16" if has_bf16(torch.device(self.device)) else "fp32"
-        sizes = self.image_size or [0]
-        if len(sizes) > 2:
-            raise OptionError(f"--image-size takes H W or one number, got {len(sizes)} numbers")
         if self.image_size:
-            self.image_size = [sizes[0], sizes[-1]]
+            if len(self.image_size) > 2:
+                given = f"{len(self.image_size)} numbers"
+                raise OptionError(f"--image-size takes H W or one number, got {given}")
+            self.image_size = [self.image_size[0], self.image_size[-1]]
         if self.batch_size < 1 or not 0 <= self.seed < 2**32 or not self.checkpoint_every >= 0:
-            raise OptionError(
-                "need --batch-size >= 1, --seed >= 0 and < 2**32, --checkpoint-every >= 0"
-            )
+            needed = "--batch-size >= 1, --seed >= 0 and < 2**32, --checkpoint-every >= 0"
+            raise OptionError(f"need {needed}")
 
     def check_rate(self, lr: float) -> None:
         if not 0 < lr < math.inf:

@@ -36,6 +36,12 @@ def put(path: Path, content=PHOTO, **options) -> Path:
     return path
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    """The content of each file below a folder, by its path there."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
 def assert_refused(result: tuple[int, str, str], *words: object) -> None:
     """Exit status 2, and the last line alone says why; argparse writes the usage before it."""
     status, _, err = result
@@ -63,6 +69,17 @@ def run(model, tmp_path):
     (tmp_path / "run").mkdir()
     model.save(str(tmp_path / "run/model.pt"))
     return tmp_path / "run"
+
+
+@pytest.fixture
+def own(model, tiny_demo, tmp_path):
+    """A run folder whose model says that it was trained on tiny_demo."""
+    (tmp_path / "own").mkdir()
+    info = {"data": str(tiny_demo.resolve()), "category": "tiny", "steps": 3, "seed": 5}
+    checkpoint = model.checkpoint()
+    checkpoint["training"] = model.training_info | info
+    torch.save(checkpoint, tmp_path / "own/model.pt")
+    return tmp_path / "own"
 
 
 @pytest.fixture(scope="session")

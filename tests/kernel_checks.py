@@ -74,20 +74,16 @@ def test_conv_relu_pool(n, c, o, h, w, padding, pool_padding, dtype):
         assert rms_error(y[i : i + 1], expected) < BOUNDS[dtype]
 
 
-def test_conv_relu_pool_reads_any_layout():
+def test_conv_relu_pool_reads_any_layout_and_keeps_nan():
     x, weight, bias = (noise(*s, dtype=torch.float16) for s in ((2, 3, 9, 8), (5, 3, 4, 4), (5,)))
     y = kernels.conv_relu_pool(x, weight, bias)
     for other in (x.to(memory_format=torch.channels_last), x.mT.contiguous().mT):
         assert torch.equal(kernels.conv_relu_pool(other, weight, bias.float()), y)
     weight = weight.to(memory_format=torch.channels_last)
     assert torch.equal(kernels.conv_relu_pool(x, weight, bias), y)
-
-
-def test_conv_relu_pool_keeps_nan():
-    x, weight, bias = (noise(*s, dtype=torch.float16) for s in ((1, 3, 9, 8), (5, 3, 4, 4), (5,)))
-    x[0, 0, 0, 0] = math.nan
+    x[:, 0, 0, 0] = math.nan
     y = kernels.conv_relu_pool(x, weight, bias)
-    assert y[0, :, 0, 0].isnan().all() and not y[0, :, 1:].isnan().any()
+    assert y[:, :, 0, 0].isnan().all() and not y[:, :, 1:].isnan().any()
 
 
 # ---------------------------------------------------------------------------------- distance_map
@@ -240,11 +236,7 @@ def test_operators(name, layout, monkeypatch):
 def test_compile_and_export(name):
     args, function = arguments(name), getattr(kernels, name)
     result = function(*args)
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*args), result)
-    if name == "hard_feature_loss":
-        gradients = [torch.autograd.grad(f(*args), args[1])[0] for f in (function, compiled)]
-        assert torch.equal(*gradients) and gradients[0].count_nonzero() == 18  # of 180
+    assert torch.equal(torch.compile(function, fullgraph=True, backend="aot_eager")(*args), result)
 
     class Module(torch.nn.Module):
         def forward(self, *args):

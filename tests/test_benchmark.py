@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import ROOT, assert_refused
 
-from support.data import DataError
-from tools import benchmark, benchmark_tables
+from tools import benchmark
 from tools.benchmark_rows import FP32, ROWS, kernel_cases
+from tools.benchmark_tables import section
 
 
 def test_inference_and_training(tmp_path, monkeypatch, capsys):
@@ -22,7 +22,7 @@ def test_inference_and_training(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setitem(ROWS, "abacus", (missing, FP32))
     rows = "eager fp32", "abacus", "eager half", "ours"
-    scope = benchmark.Scope(("EfficientAD-S",), rows, (1,), (2,), (128,), (1,), side=128)
+    scope = benchmark.Scope(120, ("EfficientAD-S",), rows, (1,), (2,), (128,), (1,), side=128)
     monkeypatch.setattr(benchmark, "QUICK", scope)
     options = f"--quick --budget 0.001 --device cpu --json {tmp_path / 'x.json'}"
     benchmark.main(options.split())
@@ -42,7 +42,8 @@ def test_inference_and_training(tmp_path, monkeypatch, capsys):
     assert costs == [("batch size", 2), ("image size", 128), ("images", 1)]
     assert {"plain fp32", "ours"} <= {row["row"] for row in results["training"]}
     pytest.importorskip("matplotlib")
-    benchmark_tables.plot(results["cost"], tmp_path / "x.svg")
+    benchmark.main(["--show", str(tmp_path / "x.json")])
+    assert capsys.readouterr().out.strip() in printed
     assert "batch size" in (tmp_path / "x.svg").read_text()
 
 
@@ -52,7 +53,8 @@ def test_kernels_section_on_a_cpu(monkeypatch):
     cpu = torch.device("cpu")
     for name, kernel, plain, arguments in kernel_cases(1, 64, cpu):
         torch.testing.assert_close(kernel(*arguments), plain(*arguments), msg=name)
-    rows = benchmark.kernels_section(cpu, 64, (1,))["kernels"]
+    scope = benchmark.Scope(batches=(1,), side=64)
+    rows = benchmark.kernels_section(scope, cpu)["kernels"]
     assert len(rows) == 8 and all(row["ms"] > 0 and row["% of ceiling"] > 0 for row in rows)
 
 
@@ -62,12 +64,10 @@ def test_rows_take_turns():
     assert turns == list("ababab")
 
 
-def test_accuracy(model, run, tiny_demo, run_script, monkeypatch):
-    script = "tools.benchmark", "--device", "cpu", "--accuracy", run
-    assert_refused(run_script(*script), run, "a run of train.py")
-    monkeypatch.setitem(model.training_info, "data", str(tiny_demo))
-    model.save(str(run / "model.pt"))
-    status, out, err = run_script(*script, "--json", "accuracy.json")
+def test_accuracy(run, own, run_script):
+    script = "tools.benchmark", "--device", "cpu", "--json", "accuracy.json", "--accuracy"
+    assert_refused(run_script(*script, run), run, "a run of train.py")
+    status, out, err = run_script(*script, own)
     assert status == 0, err
     figures = json.loads(Path("accuracy.json").read_text())
     assert figures["test images"] == 9 and "- test images: 9" in out
@@ -75,36 +75,25 @@ def test_accuracy(model, run, tiny_demo, run_script, monkeypatch):
     assert figures["pairs in another order"] <= figures["pairs of images"] == 36
 
 
-def test_bad_options(run_script, monkeypatch):
-    assert_refused(run_script("tools.benchmark", "--kernels", "--device", "cpu"), "needs a GPU")
-    assert_refused(run_script("tools.benchmark", "--training", "--plot", "x.svg"), "--inference")
+def test_refusals(run_script, tmp_path, monkeypatch):
+    command = ("tools.benchmark", "--device", "cpu")
+    assert_refused(run_script(*command, "--sections", "cost", "kernels"), "needs a GPU")
+    (tmp_path / "x.json").write_text("[]")
+    assert_refused(run_script(*command, "--show", "x.json"), "x.json: --show takes a file")
+    (tmp_path / "x.json").write_text('{"cost": [{"at": 1}]}')
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert_refused(run_script("tools.benchmark", "--plot", "x.svg"), "pip install matplotlib")
+    assert_refused(run_script(*command, "--show", "x.json"), "x.svg", "pip install matplotlib")
 
 
 def test_docs_show_the_committed_figures():
     text = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
-    part = text.partition(benchmark_tables.BEGIN)[2].partition(benchmark_tables.END)[0]
     files = sorted((ROOT / "docs/benchmarks").glob("*.json"))
-    assert files and part.strip() == benchmark_tables.docs_section(files)
-
-
-def test_docs_are_rewritten_between_the_marks(tmp_path, monkeypatch):
-    marks = benchmark_tables.BEGIN, benchmark_tables.END
+    for path in files:
+        assert section(json.loads(path.read_text(encoding="utf-8"))) in text
+        assert f"({path.relative_to(ROOT / 'docs').with_suffix('.svg')})" in text
+    assert files
     rows = [{"row": "plain", "steps/s": 2.0, "steps": 3}, {"row": "ours", "steps/s": 1234.5}]
-    figures, docs = tmp_path / "x.json", tmp_path / "speed.md"
-    figures.write_text(json.dumps({"device": "an abacus", "training": rows}))
-    docs.write_text("before\n{}\nold\n{}\nafter\n".format(*marks))
-    monkeypatch.setattr(benchmark_tables, "DOCS", docs)
-    for _ in range(2):
-        benchmark.main(["--docs", str(figures)])
-        text = docs.read_text()
-        assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-        assert "- device: an abacus" in text and "| ours  |   1,234 |     – |" in text
-    (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(DataError, match="files that --json wrote"):
-        benchmark.main(["--docs", str(tmp_path / "list.json")])
-    docs.write_text("no marks")
-    with pytest.raises(DataError, match="needs the marks"):
-        benchmark.main(["--docs", str(figures)])
-    assert docs.read_text() == "no marks"
+    text = section({"device": "an abacus", "training": rows})
+    assert (
+        text.startswith("- device: an abacus\n\n| row ") and "| ours  |   1,234 |     – |" in text
+    )

@@ -1,6 +1,5 @@
 """Image decoding, data sets and their layouts, appearances, the demo set."""
 
-import csv
 import json
 from pathlib import Path
 
@@ -162,21 +161,18 @@ def test_loco_layout(tmp_path):
 
 
 def test_visa_layouts(tmp_path):
-    rows = [("train", "normal", f"Normal/00{i}.JPG", "") for i in range(2)]
-    rows.append(("test", "normal", "Normal/002.JPG", ""))
-    rows.append(("test", "anomaly", "Anomaly/000.JPG", "Anomaly/000.png"))
-    root, table = tmp_path / "VisA/candle", tmp_path / "VisA/split_csv/1cls.csv"
-    table.parent.mkdir(parents=True)
-    with open(table, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["object", "split", "label", "image", "mask"])
-        for split, label, image, mask in rows:
-            save(root / "Data/Images" / image)
-            if mask:  # VisA's hold 1, 2, … rather than 255
-                save(root / "Data/Masks" / mask, (RAMP > 253).astype(np.uint8))
-            mask = mask and f"candle/Data/Masks/{mask}"
-            for name in ("candle", "pcb1"):
-                writer.writerow([name, split, label, f"candle/Data/Images/{image}", mask])
+    root, lines = tmp_path / "VisA/candle", ["object,split,label,image,mask"]
+    for split, label, image, mask in (
+        ("train", "normal", "Images/Normal/000.JPG", ""),
+        ("train", "normal", "Images/Normal/001.JPG", ""),
+        ("test", "normal", "Images/Normal/002.JPG", ""),
+        ("test", "anomaly", "Images/Anomaly/000.JPG", "Masks/Anomaly/000.png"),
+    ):
+        save(root / "Data" / image)
+        mask = mask and f"candle/Data/{mask}"
+        lines += [f"{n},{split},{label},candle/Data/{image},{mask}" for n in ("candle", "pcb1")]
+    save(root / "Data/Masks/Anomaly/000.png", (RAMP > 253).astype(np.uint8))  # 1, not 255
+    put(tmp_path / "VisA/split_csv/1cls.csv", "\n".join(lines).encode())
     category = open_category(root)
     assert (category.name, category.layout, len(category.train)) == ("candle", "visa", 2)
     assert contents(category) == {"bad/000": 2, "good/002": 0}

@@ -119,7 +119,6 @@ WRONG = [
     ("conv_relu_pool", (X, W, B.int()), TypeError, "bias be floating point"),
     ("conv_relu_pool", (X, W[:, :2], B), ValueError, r"x \(1, 3, 8, 8\).*weight \(2, 2, 4, 4\)"),
     ("conv_relu_pool", (X[0], W, B), ValueError, "x N×C×H×W"),
-    ("conv_relu_pool", (X, W, B.to(META)), ValueError, "one device"),
     ("conv_relu_pool", (X, W, B, 4), ValueError, "padding 0 to 3"),
     ("conv_relu_pool", (X, W, B, 0, 2), ValueError, "pool_padding 0 or 1"),
     ("conv_relu_pool", (X[:, :, :4], W, B), ValueError, "too small"),

@@ -11,16 +11,15 @@ from conftest import assert_refused
 from torch import nn
 
 from baselines.simplenet import CachedFeatures, Options, SimpleNet, crop_size
-from efficientad import EfficientAD, ModelError
+from efficientad import ModelError
 from support.backbone import ResNet
-from support.checkpoints import load_model
 from support.data import read_image, to_array
 
 SIZE = (80, 96)  # crop 64×80 (70.0 and 84.0 before rounding), layer 2's grid 8×10
 
 
-def images(n: int, size: tuple[int, int] = SIZE) -> torch.Tensor:
-    return torch.randint(0, 256, (n, 3, *size), dtype=torch.uint8)
+def images(n: int) -> torch.Tensor:
+    return torch.randint(0, 256, (n, 3, *SIZE), dtype=torch.uint8)
 
 
 def small(**options) -> SimpleNet:
@@ -42,6 +41,8 @@ def test_defaults_are_the_papers(tmp_path):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained == 1536 * 1536 + 1536 + 1536 * 1024 + 1024 + 2 * 1024 + 1024
     assert crop_size((329, 329)) == (288, 288) and crop_size((256, 512)) == (224, 448)
+    with pytest.raises(ValueError, match="at least 64"):
+        crop_size((63, 200))
     options = Options(data="photos", backbone_weights=str(tmp_path), device="cpu")
     assert (options.batch_size, options.lr, options.noise) == (8, 1e-4, 0.015)
     assert (options.image_size, options.epochs, options.steps) == ([329, 329], 40, None)
@@ -53,15 +54,6 @@ def test_features_are_the_patch_features_of_the_centre():
     centre = x[:, :, 8:72, 8:88].float() / 255
     expected = model.patch_features((centre - model.mean) / model.std).permute(0, 2, 3, 1)
     assert torch.allclose(model.features(x), expected, atol=1e-5)
-
-
-def test_impossible_images():
-    with pytest.raises(ValueError, match="at least 64"):
-        small(image_size=(63, 200))
-    with pytest.raises(ValueError, match="N×3×80×96"):
-        small()(images(1, (96, 80)))
-    with pytest.raises(TypeError, match="uint8"):
-        small()(images(1).int())
 
 
 def test_map_is_resized_and_blurred_with_its_edges_repeated():
@@ -180,28 +172,11 @@ def test_backbone_file_is_not_needed_again(tmp_path):
     assert state["adaptor.weight"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("adaptor", [True, False])
-def test_checkpoint_of_an_earlier_version(adaptor, tmp_path):
-    model, path = small(adaptor=adaptor), tmp_path / "model.pt"
-    info = {"model": "simplenet", "epochs": 1, "usual": {"width": [50, 50]}}
-    old = {"format": "simplenet", "config": model.config, "training": info}
-    torch.save(old | {"state": model.state_dict()}, path)
-    loaded, x = load_model(path, EfficientAD, SimpleNet), images(1)
-    assert loaded.training_info["appearance"] == {"width": [50, 50]} and not loaded.training
-    with torch.no_grad():
-        assert torch.equal(loaded(x)[1], model(x)[1])
-
-
-def test_files_that_cannot_be_loaded(tmp_path):
-    path, model = tmp_path / "x.pt", small()
-    state = model.patch_features.trunk.state_dict()
-    torch.save(state | {"conv1.weight": state["conv1.weight"] * 1e9}, path)
-    with pytest.raises(ModelError, match="x.pt: not finite in half precision"):
-        small().load_backbone(str(path))
-    model.discriminator[0].bias.data[3] = torch.nan
-    model.save(str(path))
-    with pytest.raises(ModelError, match="not a number"):
-        SimpleNet.load(str(path))
+def test_a_backbone_beyond_half_precision(tmp_path):
+    state = ResNet("resnet18").state_dict()
+    torch.save(state | {"conv1.weight": state["conv1.weight"] * 1e9}, tmp_path / "x.pth")
+    with pytest.raises(ModelError, match="x.pth: not finite in half precision"):
+        small().load_backbone(str(tmp_path / "x.pth"))
 
 
 # ---------------------------------------------------------------------------------------- script
@@ -257,18 +232,14 @@ def test_resumed_equals_uninterrupted(command, run_script, tmp_path, interrupt_a
 
 
 def test_bad_options_get_one_line(command, run_script, tmp_path):
-    torch.save(ResNet("resnet34").state_dict(), tmp_path / "resnet34.pth")
     file = "--backbone-weights takes the published weight file of wide_resnet50_2"
     for options, *words in (
         ((command[0], "--backbone-weights", "none.pth"), "none.pth: no such file", file),
-        ((*command, "--backbone-weights", "resnet34.pth"), "not the weights of resnet18"),
-        ((*command, "--p-hard", 0), "--p-hard"),
         ((*command, "--layers", "3,2"), "--layers takes some of 1,2,3"),
-        ((*command, "--layers", "a"), "--layers: invalid"),
         ((*command, "--noise", -1), "--noise >= 0"),
         ((*command, "--epochs", 1, "--steps", 1), "--steps or --epochs"),
         ((*command, "--epochs", 0), "--epochs or --steps >= 1"),
         ((*command, "--image-size", 40), "--image-size >= 64"),
     ):
         assert_refused(run_script(*options), *words)
-    assert [p.name for p in tmp_path.iterdir()] == ["resnet34.pth"]
+    assert not list(tmp_path.iterdir())

@@ -9,33 +9,18 @@ from conftest import assert_refused
 
 import evaluate
 import train
-from baselines import simplenet
-from support import demo
 from support.backbone import ResNet
 from support.data import DataError
 from tools import sweep
-from tools.summary import (
-    TABLES,
-    collection_rows,
-    normalizations,
-    spread,
-    summarize_collection,
-    summarize_runs,
-)
-
-LOCO = {"train/good": 3, "validation/good": 1, "test/good": 2}
-LOCO |= {"test/logical_anomalies": 2, "test/structural_anomalies": 2}
+from tools.summary import COLLECTIONS, TABLES, cells, normalizations, spread, summarize
 
 
 @pytest.fixture(scope="module")
-def loco(tmp_path_factory):
+def loco(tiny_demo, tmp_path_factory):
     """A collection of two categories."""
     root = tmp_path_factory.mktemp("sets") / "loco"
-    root.mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "DEMO_SPLITS", LOCO)
-        for seed, name in enumerate(("pushpins", "screw_bag")):
-            demo.make_demo(root / name, seed)
+    for name in ("pushpins", "screw_bag"):
+        shutil.copytree(tiny_demo, root / name)
     (root / "readme.txt").write_text("not a category")
     return root
 
@@ -102,14 +87,12 @@ def test_collection_from_training_to_summary(loco, tiny, run_script, tmp_path):
     assert (runs / "pushpins-small-seed0/results.json").stat().st_mtime_ns == evaluated
     assert (runs / "pushpins-small-seed1/results.json").read_bytes() == whole
     results = {name: read(runs / name / "results.json") for name in second}
-    (summary,) = read(runs / "summary.json")["collections"]
-    assert summary["collection"] is None and summary["steps"] == [1]
+    rows = read(runs / "summary.json")["tables"]["EfficientAD-S, 1 steps"]
     for metric in ("image_auroc", "au_spro"):
         a, b, c, d = (100 * results[name][metric] for name in sorted(results))
-        entry = summary["categories"]["pushpins"][metric]
-        assert entry["mean"] == pytest.approx((a + b) / 2)
-        assert entry["std"] == pytest.approx(abs(a - b) / 2**0.5)
-        assert summary["mean"][metric]["values"] == pytest.approx([(a + c) / 2, (b + d) / 2])
+        assert rows[0][metric]["mean"] == pytest.approx((a + b) / 2)
+        assert rows[0][metric]["std"] == pytest.approx(abs(a - b) / 2**0.5)
+        assert rows[2][metric]["values"] == pytest.approx([(a + c) / 2, (b + d) / 2])
     table = (runs / "summary.md").read_text()
     assert table in out and "| mean of these 2 |" in table and "±" in table
     assert not list(tmp_path.rglob("*.tmp*"))
@@ -153,23 +136,30 @@ def test_a_run_of_other_data_or_options_is_refused(loco, tiny, run_script, tmp_p
     assert status == 0 and "finished, skipped" in err
 
 
-def test_names_in_a_folder_of_links(loco, tiny, run_script, made, tmp_path):
-    (tmp_path / "all").mkdir()
-    for name in ("alpha", "beta"):
-        shutil.copytree(loco / "pushpins", tmp_path / name / "v1")
-        (tmp_path / "all" / name).symlink_to(tmp_path / name / "v1")
-    assert run_script("tools.sweep", "--data", "all", *tiny)[0] == 0
-    assert [job.out for job in made] == ["runs/all/alpha-small", "runs/all/beta-small"]
+def test_simplenet(tiny_demo, run_script, tmp_path):
+    torch.save(ResNet("resnet18").state_dict(), tmp_path / "weights.pth")
+    backbone = ("--backbone", "resnet18", "--backbone-weights", "weights.pth", "--image-size", 64)
+    command = ("tools.sweep", "--model", "simplenet", "--data", tiny_demo, "--device", "cpu")
+    assert_refused(run_script(*command, *backbone, "--ablation"), "--ablation trains EfficientAD")
+    for words in ("1 of 1 runs complete in runs/tiny", "finished, skipped"):
+        result = run_script(*command, *backbone, "--seeds", 3, "--epochs", 1, "--batch-size", 4)
+        assert result[0] == 0 and words in result[1] + result[2]
+    status, out, err = run_script("tools.sweep", "--evaluate", "runs/tiny", "--device", "cpu")
+    assert status == 0 and "### SimpleNet (resnet18), 1 epochs" in out and "| tiny " in out, err
 
 
 def test_processes_share_the_runs(loco, tiny, run_script, made, monkeypatch, tmp_path):
-    """As torchrun starts them. A failure must not end the others: torchrun would stop them all."""
-    command = ("tools.sweep", "--data", loco, *tiny)
+    """As torchrun starts them, over a folder of links, which name the runs. A failure must not end
+    the other processes: torchrun would stop them all."""
+    (tmp_path / "all").mkdir()
+    for name in ("alpha", "beta"):
+        (tmp_path / "all" / name).symlink_to(loco / "pushpins")
+    command = ("tools.sweep", "--data", "all", *tiny)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
         assert run_script(*command, "--seeds", "3,4,5")[0] == 0
-    names = [f"runs/loco/{c}-small-seed{s}" for c in ("pushpins", "screw_bag") for s in (3, 4, 5)]
+    names = [f"runs/all/{c}-small-seed{s}" for c in ("alpha", "beta") for s in (3, 4, 5)]
     assert [job.out for job in made] == names[::2] + names[1::2]
 
     def fail(job):
@@ -183,21 +173,15 @@ def test_processes_share_the_runs(loco, tiny, run_script, made, monkeypatch, tmp
 def test_bad_options_get_one_line(loco, tiny, run_script, tmp_path):
     one = loco / "pushpins"
     for case, message in (
-        (
-            ("--data", loco, "--categories", "pushpins,pcb9"),
-            "no category pcb9; it has: pushpins, screw_bag",
-        ),
+        (("--data", loco, "--categories", "a,b"), "no category a, b; it has: pushpins, screw_bag"),
         (("--data", one, "--categories", "a"), "has no category a; it has: none"),
         (("--data", loco, "--ablation", "--pretraining-images", loco), "takes one category"),
-        (("--data", loco, "--seeds", "0,x"), "--seeds: invalid"),
         (("--data", loco, "--seeds", "0,1", "--seed", 2), "--seed or --seeds"),
         (("--data", loco, "--seeds", "-1"), "--seed >= 0"),
         (("--data", one, "--ablation"), "--ablation chooses"),  # `tiny` has no penalty
+        (("--data", one, "--model", "simplenet"), "unrecognized arguments: --teacher"),
         (("--data", one), "this is one run; use: python train.py --data"),
-        (("--data", "nowhere", "--seeds", "0,1"), "nowhere: no such folder"),
         (("--data", loco, "--resume", "x"), "--resume belongs to"),
-        (("--data", loco, "--noise", 1), "unrecognized arguments: --noise"),
-        (("--data", loco, "--steps", 0), "--steps >= 1"),
         (("--evaluate", "."), "unrecognized arguments: --steps"),
     ):
         assert_refused(run_script("tools.sweep", *tiny, *case), message)
@@ -212,7 +196,7 @@ def test_no_run_can_be_evaluated(run_script, tmp_path):
         (tmp_path / "all" / name / "model.pt").write_text("damaged")
     status, out, err = run_script("tools.sweep", "--evaluate", "all", "--device", "cpu")
     assert status == 1 and "Traceback" not in err and "|" not in out
-    assert out.count("failed: ") == 2 and read(tmp_path / "all/summary.json")["collections"] == []
+    assert out.count("failed: ") == 2 and read(tmp_path / "all/summary.json")["tables"] == {}
 
 
 # -------------------------------------------------------------------------------------- ablation
@@ -222,8 +206,7 @@ def test_ablation(loco, tiny, run_script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = [*map(str, ("--data", loco / "pushpins", *tiny[:-2]))]
     kept = ("default", "no-penalty", "p_hard-0-no-penalty")
-    some = {name: sweep.ABLATIONS["efficientad"][name] for name in kept}
-    monkeypatch.setitem(sweep.ABLATIONS, "efficientad", some)
+    monkeypatch.setattr(sweep, "ABLATION", {name: sweep.ABLATION[name] for name in kept})
     sweep.main(["--ablation", *options])
     folder = tmp_path / "runs/pushpins-small-ablation"
     assert set(models(folder)) == set(kept)
@@ -233,10 +216,11 @@ def test_ablation(loco, tiny, run_script, tmp_path, monkeypatch):
     assert [len(rows) for rows in tables.values()] == [6, 6, 6, 4, 4]
     cumulative, isolated = list(tables.values())[3:]
     for rows, published in ((cumulative, [0.8, 1.0, 0.4]), (isolated, [-0.7, -0.7, -0.4])):
-        assert [round(row["paper_diff"], 1) for row in rows[1:]] == published
-    difference = cumulative[1]["ours"]["mean"] - cumulative[0]["ours"]["mean"]
-    assert cumulative[1]["diff"] == pytest.approx(difference)
-    ours = {title[:7] + r["row"]: r["ours"] for title, rows in tables.items() for r in rows}
+        assert [round(row["difference paper"], 1) for row in rows[1:]] == published
+    before, after = (row["image_auroc"]["mean"] for row in cumulative[:2])
+    assert cumulative[1]["difference"] == pytest.approx(after - before)
+    named = [(title[:7] + row["percent"], row) for title in tables for row in tables[title]]
+    ours = {name: row["image_auroc"] for name, row in named}
     missing = [f"Table 3p_hard = {p}" for p in (0, 0.9, 0.99, 0.9999, 0.99999)]
     missing += ["Table 5without hard feature loss"]
     assert [name for name, entry in ours.items() if entry is None] == missing
@@ -260,15 +244,11 @@ def test_ablation_without_images_that_cannot_be_read(loco, model, tmp_path):
     """What --skip-bad-images left out of training is left out when maps are normalized anew."""
     shutil.copytree(loco / "pushpins", tmp_path / "pushpins")
     (tmp_path / "pushpins/validation/good/bad.png").write_text("not an image")
-    info = {
-        "data": str(tmp_path / "pushpins"),
-        "seed": 0,
-        "p_hard": 0,
-        "pretraining_images": "none",
-    }
+    info = {"data": str(tmp_path / "pushpins"), "seed": 0, "p_hard": 0}
+    info["pretraining_images"] = "none"
     model.training_info = info | {"skip_bad_images": True}
     entries = sweep.ablation_scores(model)
-    assert [entry["quantiles"] for entry in entries] == [None, (0.9, 0.995)]
+    assert [entry["quantiles"] for entry in entries] == [(), (0.9, 0.995)]
     model.training_info = info
     with pytest.raises(DataError, match="bad.png: not an image"):
         sweep.ablation_scores(model)
@@ -276,37 +256,10 @@ def test_ablation_without_images_that_cannot_be_read(loco, model, tmp_path):
 
 def test_every_row_has_its_training():
     wanted = {(p_hard, penalty) for rows in TABLES.values() for _, _, p_hard, penalty, _ in rows}
-    trained = sweep.ABLATIONS["efficientad"].values()
-    assert wanted == {
-        (o.get("p_hard", 0.999), o.get("pretraining_images") != "none") for o in trained
-    }
+    trained = [train.Options(**changes) for changes in sweep.ABLATION.values()]
+    assert wanted == {(o.p_hard, o.pretraining_images != "none") for o in trained}
     assert len(normalizations(0.999, True)) == 12  # 6 + 6 quantiles, one in common, the baseline
     assert normalizations(0.5, True) == []
-    for changed in list(sweep.ABLATIONS["simplenet"].values())[1:]:
-        ((option, value),) = changed.items()
-        assert value != getattr(simplenet.Options, option, [2, 3])
-
-
-def test_ablation_of_simplenet(tiny_demo, run_script, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save(ResNet("resnet18").state_dict(), tmp_path / "weights.pth")
-    some = {k: sweep.ABLATIONS["simplenet"][k] for k in ("default", "no-adaptor", "layers-3")}
-    monkeypatch.setitem(sweep.ABLATIONS, "simplenet", some)
-    options = ("--backbone", "resnet18", "--backbone-weights", "weights.pth", "--image-size", 64)
-    options += ("--steps", 1, "--batch-size", 2, "--data", tiny_demo, "--device", "cpu")
-    sweep.main(["--model", "simplenet", "--ablation", *map(str, options)])
-    folder = tmp_path / "runs/tiny-simplenet-ablation"
-    status, out, err = run_script("tools.sweep", "--evaluate", folder, "--device", "cpu")
-    assert status == 0 and "| adaptor false " in out and "paper" not in out, err
-    tables = read(folder / "summary.json")["tables"]
-    assert {title: [row["row"] for row in rows] for title, rows in tables.items()} == {
-        "SimpleNet, noise": ["noise 0.015 (default)"],
-        "SimpleNet, adaptor": ["adaptor false", "adaptor true (default)"],
-        "SimpleNet, layers": ["layers [2, 3] (default)", "layers [3]"],
-    }
-    auroc = read(folder / "no-adaptor/results.json")["image_auroc"]
-    ours = tables["SimpleNet, adaptor"][0]["image_auroc"]["mean"]
-    assert ours == pytest.approx(100 * auroc)
 
 
 # --------------------------------------------------------------------------------------- summary
@@ -320,57 +273,50 @@ def results(category, seed, auroc, size="small", **more):
     return {"category": category, "image_auroc": auroc, "types": {}, **more, "training": training}
 
 
+def table(runs: list[dict]) -> tuple[str, list[list[str]]]:
+    """The title and the cells of their one table."""
+    ((title, rows),) = summarize(runs).items()
+    return title, cells(rows)
+
+
 def test_summary_by_hand():
     assert spread([0.5]) == {"mean": 50, "std": None, "values": [50]}
     assert spread([0.9, 1.0])["std"] == pytest.approx(100 * 0.05 * 2**0.5)
     runs = [results("bottle", 0, 0.9, au_pro=0.8), results("bottle", 1, 1.0, au_pro=0.9)]
-    runs += [results("screw", 0, 0.5), results("screw", 0, 0.1, "medium")]
-    summary = summarize_collection(runs, "small")
-    mean = summary["mean"]
-    assert mean["seeds"] == [0] and mean["image_auroc"]["values"] == [70]  # seed 1 lacks the screw
-    assert "au_pro" not in mean
-    assert collection_rows(summary) == [
+    title, rows = table([*runs, results("screw", 0, 0.5)])
+    assert title == "EfficientAD-S, 70000 steps" and rows == [
         ["percent", "runs", "image AU-ROC", "paper", "AU-PRO 0.3", "paper"],
         ["bottle", "2", "95.0 ± 7.1", "99.9", "85.0 ± 7.1", "95.2"],
         ["screw", "1", "50.0", "97.9", "–", "95.6"],
-        ["mean of these 2", "1", "70.0", "–", "–", "–"],  # the paper's mean is over all fifteen
+        # Seed 1 lacks the screw. The paper's mean is over all fifteen.
+        ["mean of these 2", "1", "70.0", "–", "–", "–"],
     ]
-    only = summarize_collection([results("bottle", 0, 0.9), results("screw", 1, 0.9)], "small")
-    assert only["mean"] is None and collection_rows(only)[-1][1:3] == ["0", "–"]
-    with pytest.raises(ValueError, match="same seed"):
-        summarize_runs([results("bottle", 0, 0.9)] * 2)
+    _, rows = table([results("bottle", 0, 0.9), results("screw", 1, 0.9)])
+    assert rows[-1][1:3] == ["0", "–"]  # no seed in common
     varied = [results("bottle", 0, 0.9, training={"p_hard": p}) for p in (0, 0.9)]
-    with pytest.raises(ValueError, match="one category"):
-        summarize_runs([*varied, results("screw", 0, 0.9)])
+    for runs, words in (
+        ([results("bottle", 0, 0.9)] * 2, "same seed"),
+        ([*varied, results("screw", 0, 0.9)], "one category"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            summarize(runs)
 
 
 def test_complete_collection_has_the_papers_means():
-    names = "breakfast_box juice_bottle pushpins screw_bag splicing_connectors".split()
     types = {f"{name}_anomalies": {"image_auroc": 0.7} for name in ("logical", "structural")}
-    runs = [results(name, 0, 0.8, "medium", types=types) for name in names]
-    _, sections = summarize_runs(runs)
-    ((title, rows),) = sections.items()
-    assert title == "MVTec LOCO, EfficientAD-M, 70000 steps"
+    names = COLLECTIONS["MVTec LOCO"].split()
+    _, rows = table([results(name, 0, 0.8, "medium", types=types) for name in names])
     mean = ["mean of MVTec LOCO", "1", "80.0", "90.7", "70.0", "86.8", "70.0", "94.7"]
     assert rows[-1] == mean
-    names = "candle capsules cashew chewinggum fryum macaroni1 macaroni2 pcb1 pcb2 pcb3 pcb4"
-    runs = [results(name, 0, 0.5, "simplenet") for name in (*names.split(), "pipe_fryum")]
-    _, sections = summarize_runs(runs)
-    rows = sections["VisA, SimpleNet (resnet18), 40 epochs"]
-    assert rows[-1] == ["mean of VisA", "1", "50.0", "87.9"]
 
 
-def test_both_models_in_one_table():
-    runs = [results("bottle", 0, 0.9), results("bottle", 0, 0.7, "simplenet")]
-    content, sections = summarize_runs(runs)
-    ((title, rows),) = sections.items()
+def test_several_models_in_one_table():
     s, n = "EfficientAD-S, 70000 steps", "SimpleNet (resnet18), 40 epochs"
-    assert title == f"Collection, {s}; {n}"
-    assert [row[:5] for row in rows] == [
+    title, rows = table([results("bottle", 0, 0.7, "simplenet"), results("bottle", 0, 0.9)])
+    assert title == f"{s}; {n}" and rows == [
         ["percent", "model", "runs", "image AU-ROC", "paper"],
         ["bottle", s, "1", "90.0", "99.9"],
         ["bottle", n, "1", "70.0", "–"],
         ["mean of these 1", s, "1", "90.0", "–"],
         ["mean of these 1", n, "1", "70.0", "–"],
     ]
-    assert [summary["size"] for summary in content["collections"]] == ["small", "simplenet"]

@@ -1,11 +1,10 @@
 """Measure this implementation, each figure against a baseline in the same run (docs/speed.md).
 
-    python -m tools.benchmark                      # inference and training
+    python -m tools.benchmark                      # inference, its cost, training
     python -m tools.benchmark --quick              # EfficientAD-S and SimpleNet at batch 1
-    python -m tools.benchmark --json docs/benchmarks/x.json --plot docs/benchmarks/x.svg
-    python -m tools.benchmark --docs docs/benchmarks/*.json
+    python -m tools.benchmark --sections kernels   # on a GPU
     python -m tools.benchmark --accuracy runs/bottle-small
-    python -m tools.benchmark --kernels            # on a GPU
+    python -m tools.benchmark --json x.json        # then --show x.json: x.svg too
 
 A pass is what the paper times: the image is copied in, the map is copied out. The rows take turns,
 a pass each, so that whatever slows the machine slows all of them. As in the paper the last half of
@@ -31,7 +30,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +37,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from baselines.simplenet import SimpleNet
 from efficientad import EfficientAD
@@ -49,16 +46,17 @@ from support.fast import DTYPES, choose_precision, cpu_has_bf16
 from support.metrics import image_auroc
 from support.options import OptionError, has_bf16, option, parse_options, pick_device
 from support.runs import run_command, write
-from support.training import prepare_torch
+from support.training import one_by_one, prepare_torch
 from tools.benchmark_rows import FP32, HALF, ROWS, fast_form, kernel_cases, our_step, plain_step
-from tools.benchmark_tables import plot, section, write_docs
+from tools.benchmark_tables import section, show
 
 USAGE = "python -m tools.benchmark [options]"
 
 
 class Scope(NamedTuple):
-    """What is measured."""
+    """What is measured, and in how many seconds a table."""
 
+    budget: float = 120
     models: tuple = ("EfficientAD-S", "EfficientAD-M", "SimpleNet")
     rows: tuple = tuple(ROWS)
     batches: tuple = (1, 16)
@@ -69,36 +67,7 @@ class Scope(NamedTuple):
 
 
 FAST_TO_MAKE = tuple(name for name in ROWS if "compile" not in name)
-QUICK = Scope(("EfficientAD-S", "SimpleNet"), FAST_TO_MAKE, (1,), (1, 4), (128, 256), (1, 4, 8))
-
-
-@dataclass
-class Options:
-    """Measure this implementation, each figure against a baseline in the same run."""
-
-    inference: bool = option(False, "latency and throughput; with --training the default")
-    training: bool = option(False, "steps a second")
-    accuracy: str | None = option(None, "a run: its fast form against eager fp32", metavar="RUN")
-    kernels: bool = option(False, "each Triton kernel against plain torch; needs a GPU")
-    quick: bool = option(False, "EfficientAD-S and SimpleNet at batch 1")
-    budget: float | None = option(None, "seconds for a table; default 120, 10 with --quick")
-    device: str | None = option(None, "cuda or cpu; default cuda if there is one")
-    json: str | None = option(None, "write the figures to this file too", metavar="FILE")
-    plot: str | None = option(None, "draw the costs of --inference (SVG)", metavar="FILE")
-    docs: list[str] | None = option(None, "put such files into docs/speed.md", metavar="FILE")
-
-    def __post_init__(self) -> None:
-        self.device = str(pick_device(self.device))
-        if self.budget is None:
-            self.budget = 10 if self.quick else 120
-        if not (self.training or self.accuracy or self.kernels or self.inference):
-            self.inference = self.training = True
-        if self.kernels and not self.device.startswith("cuda"):
-            raise OptionError("--kernels needs a GPU that torch can use")
-        if self.plot and not self.inference:
-            raise OptionError("--plot draws what --inference measures")
-        if self.plot and find_spec("matplotlib") is None:
-            raise OptionError("--plot needs matplotlib: pip install matplotlib")
+QUICK = Scope(10, ("EfficientAD-S", "SimpleNet"), FAST_TO_MAKE, (1,), (1, 4), (128, 256), (1, 4, 8))
 
 
 # ------------------------------------------------------------------------------------- measuring
@@ -224,7 +193,7 @@ def measure_rows(model: nn.Module, images: Tensor, names: tuple, budget: float) 
 # -------------------------------------------------------------------------------------- sections
 
 
-def inference_section(scope: Scope, device: torch.device, budget: float) -> dict:
+def inference_section(scope: Scope, device: torch.device) -> dict:
     """Every row for every model and batch size."""
     rows, products = [], matrix_products(device)
     for name, batch in itertools.product(scope.models, scope.batches):
@@ -232,7 +201,7 @@ def inference_section(scope: Scope, device: torch.device, budget: float) -> dict
         images = draw_images(batch, model.image_size[0], device)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(images[:1].to(device))
-        for row in measure_rows(model, images, scope.rows, budget):
+        for row in measure_rows(model, images, scope.rows, scope.budget):
             if "mean ms" in row:
                 row["TFLOP/s"] = batch * counter.get_total_flops() / row["mean ms"] / 1e9
                 row["% of ceiling"] = 100 * row["TFLOP/s"] / products[ROWS[row["row"]][1]]
@@ -241,14 +210,14 @@ def inference_section(scope: Scope, device: torch.device, budget: float) -> dict
 
 
 @torch.no_grad()
-def cost_section(scope: Scope, device: torch.device, budget: float) -> dict:
+def cost_section(scope: Scope, device: torch.device) -> dict:
     """EfficientAD-S: ms an image against batch size and image size; ms of so many images."""
     points = [("batch size", n, n, scope.side) for n in scope.cost_batches]
     points += [("image size", side, 1, side) for side in scope.cost_sides]
     costs = []
     for cost, x, batch, side in points:
         model, images = make_model("EfficientAD-S", device, side), draw_images(batch, side, device)
-        for row in measure_rows(model, images, ("eager half", "ours"), budget / 10):
+        for row in measure_rows(model, images, ("eager half", "ours"), scope.budget / 10):
             if "mean ms" in row:
                 point = {"cost against": cost, "row": row["row"], "at": x}
                 costs.append({**point, "ms": row["mean ms"] / batch})
@@ -262,7 +231,7 @@ def cost_section(scope: Scope, device: torch.device, budget: float) -> dict:
     return {"cost": costs}
 
 
-def training_section(scope: Scope, device: torch.device, budget: float) -> dict:
+def training_section(scope: Scope, device: torch.device) -> dict:
     """Steps a second of batch 1: the plain step, in fp32 and under autocast, and train.py's."""
     rows, best = [], "bf16" if has_bf16(device) else "fp32"
     makers = {"plain fp32": (plain_step, "fp32"), f"plain {best}": (plain_step, best)}
@@ -274,7 +243,7 @@ def training_section(scope: Scope, device: torch.device, budget: float) -> dict:
         images, photos = (draw_images(1, scope.side, device) for _ in range(2))
         for row, (make, precision) in makers.items():
             functions[row] = make(copy.deepcopy(model), precision, images, photos)
-        latencies = take_turns(functions, budget)
+        latencies = take_turns(functions, scope.budget)
         for row, latency in latencies.items():
             ms, first = latency["median ms"], latencies["plain fp32"]["median ms"]
             times = {"×": first / ms, "minutes for 70,000 steps": 70 * ms / 60}
@@ -283,14 +252,14 @@ def training_section(scope: Scope, device: torch.device, budget: float) -> dict:
     return {"training": rows}
 
 
-def kernels_section(device: torch.device, side: int, batches: tuple[int, ...]) -> dict:
+def kernels_section(scope: Scope, device: torch.device) -> dict:
     """Each Triton kernel against plain torch. At the ceiling every argument is read and every
     result is written once as fast as a copy does it, and a convolution is as fast as a matrix
     product. On a CPU the kernels compute their references: it can be tried there, no more."""
     source, rows, products = torch.zeros(2**26, device=device), [], matrix_products(device)
     copy_gb_s = 2 * source.nbytes / milliseconds(source.clone, device) / 1e6
-    for batch in batches:
-        for name, kernel, plain, arguments in kernel_cases(batch, side, device):
+    for batch in scope.batches:
+        for name, kernel, plain, arguments in kernel_cases(batch, scope.side, device):
             print(f"{name}, batch {batch}", file=sys.stderr)
 
             def call(function: Callable) -> tuple[Tensor, ...]:
@@ -326,8 +295,7 @@ def accuracy_section(run: Path, device: torch.device) -> dict:
         raise DataError(f"{category.root}: --accuracy needs good and defective test images")
     images = Images([sample.path for sample in category.test], model.image_size, cache_bytes=0)
     scores, errors = [], []
-    for i in tqdm(range(len(images)), "images"):
-        x = torch.as_tensor(images[i])[None].to(device)
+    for x in one_by_one(images, device, "images"):
         (exact_map, exact), (fast_map, approximate) = model(x), fast(x)
         errors.append(map_error(fast_map, exact_map))
         scores.append((exact.item(), approximate.item()))
@@ -348,27 +316,49 @@ def accuracy_section(run: Path, device: torch.device) -> dict:
     }
 
 
+# --------------------------------------------------------------------------------------- command
+
+SECTIONS = {"inference": inference_section, "cost": cost_section}
+SECTIONS |= {"training": training_section, "kernels": kernels_section}
+
+
+@dataclass
+class Options:
+    """Measure this implementation, each figure against a baseline in the same run."""
+
+    sections: list[str] = option(
+        list(SECTIONS)[:3], "default all but kernels, which needs a GPU", choices=list(SECTIONS)
+    )
+    accuracy: str | None = option(None, "instead: a run's fast form against eager", metavar="RUN")
+    quick: bool = option(False, "EfficientAD-S and SimpleNet at batch 1")
+    budget: float | None = option(None, "seconds for a table; default 120, 10 with --quick")
+    device: str | None = option(None, "cuda or cpu; default cuda if there is one")
+    json: str | None = option(None, "write the figures to this file too", metavar="FILE")
+    show: str | None = option(None, "instead: such a file's tables and picture", metavar="FILE")
+
+    def __post_init__(self) -> None:
+        self.device = str(pick_device(self.device))
+        if "kernels" in self.sections and not self.device.startswith("cuda"):
+            raise OptionError("--sections kernels needs a GPU that torch can use")
+
+
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     options = parse_options(Options, USAGE, argv)
-    if options.docs:
-        return write_docs([Path(file) for file in options.docs])
+    if options.show:
+        return show(Path(options.show))
     prepare_torch(0)
     device, scope = torch.device(options.device), QUICK if options.quick else Scope()
+    if options.budget is not None:
+        scope = scope._replace(budget=options.budget)
     command = shlex.join(["python", "-m", "tools.benchmark", *argv])
     results = {"command": command, **environment(device)}
     if options.accuracy:
         results |= accuracy_section(Path(options.accuracy), device)
-    if options.kernels:
-        results |= kernels_section(device, 256, (1, 16))
-    if options.inference:
-        results |= inference_section(scope, device, options.budget)
-        results |= cost_section(scope, device, options.budget)
-    if options.training:
-        results |= training_section(scope, device, options.budget)
+    else:
+        for name in options.sections:
+            results |= SECTIONS[name](scope, device)
     print(section(results))
-    if options.plot:
-        plot(results["cost"], options.plot)
     if options.json:
         write(Path(options.json), json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 

@@ -1,15 +1,12 @@
-"""Figures of tools.benchmark as text: tables, a plot, the generated section of docs/speed.md."""
+"""Figures of tools.benchmark as Markdown tables, and a picture of the costs."""
 
 import json
 import math
-import os
+from importlib.util import find_spec
 from pathlib import Path
 
+from support import report
 from support.data import DataError
-from support.runs import write
-
-DOCS = Path(__file__).parent.parent / "docs/speed.md"
-BEGIN, END = "<!-- written by python -m tools.benchmark --docs -->", "<!-- end of tables -->"
 
 
 def text(value: object, digits: int = 3) -> str:
@@ -22,14 +19,9 @@ def text(value: object, digits: int = 3) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown, its source aligned; the rows' keys are the heads of the columns."""
-    columns = []
-    for key in dict.fromkeys(key for row in rows for key in row):
-        words = all(isinstance(row.get(key, ""), str) for row in rows)
-        cells = [key, "---" if words else "--:", *(text(row.get(key)) for row in rows)]
-        width = max(map(len, cells))
-        columns.append([cell.ljust(width) if words else cell.rjust(width) for cell in cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns))
+    """Markdown; the rows' keys are the heads of the columns."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    return report.table([keys, *([text(row.get(key)) for key in keys] for row in rows)])
 
 
 def section(results: dict) -> str:
@@ -39,32 +31,23 @@ def section(results: dict) -> str:
     return "\n\n".join(["\n".join(single), *tables])
 
 
-def docs_section(files: list[Path]) -> str:
-    """The generated section of docs/speed.md, from files that --json wrote."""
-    parts = []
-    for path in files:
-        name = os.path.relpath(path.with_suffix(""), DOCS.parent)
-        try:
-            parts.append(section(json.loads(path.read_text(encoding="utf-8"))))
-        except (ValueError, TypeError, AttributeError):
-            raise DataError(f"{path}: --docs takes files that --json wrote") from None
-        parts.append(f"[These figures as JSON]({name}.json)")
-        if path.with_suffix(".svg").exists():
-            parts.append(f"![Cost]({name}.svg)")
-    return "\n\n".join(parts)
+def show(path: Path) -> None:
+    """Print the tables of a file that --json wrote, and draw its costs beside it. Raises DataError
+    for another file."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        print(section(results))
+    except (ValueError, TypeError, AttributeError):
+        raise DataError(f"{path}: --show takes a file that --json wrote") from None
+    if "cost" in results:
+        plot(results["cost"], path.with_suffix(".svg"))
 
 
-def write_docs(files: list[Path]) -> None:
-    """Put that section between the two marks of docs/speed.md."""
-    before, _, rest = DOCS.read_text(encoding="utf-8").partition(BEGIN)
-    _, mark, after = rest.partition(END)
-    if not mark:
-        raise DataError(f"{DOCS}: --docs needs the marks {BEGIN} and {END}")
-    write(DOCS, f"{before}{BEGIN}\n\n{docs_section(files)}\n\n{END}{after}")
-
-
-def plot(costs: list[dict], path: str) -> None:
-    """SVG: ms against batch size, image size and number of images. Needs matplotlib."""
+def plot(costs: list[dict], path: Path) -> None:
+    """SVG: ms against batch size, image size and number of images. Raises DataError without
+    matplotlib."""
+    if find_spec("matplotlib") is None:
+        raise DataError(f"{path}: drawing it needs matplotlib: pip install matplotlib")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter

@@ -58,8 +58,7 @@ def export(model: nn.Module, path: Path) -> None:
         node.meta.pop("stack_trace", None)  # names this machine's files
     if path.suffix == ".onnx":
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             exported = torch.onnx.export(program, output_names=["map", "score"], verbose=False)
         exported.model.metadata_props.update(metadata(model))
         content = exported.model_proto.SerializeToString()

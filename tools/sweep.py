@@ -17,7 +17,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,25 +34,16 @@ from support.options import OptionError, RunOptions, make_parser, option, parse_
 from support.report import table
 from support.runs import PATH_OPTIONS, holds_results, lock, remove_leftovers, run_command, write
 from support.training import fit_gaussian, one_by_one
-from tools.summary import is_ablation, normalizations, summarize_runs
+from tools.summary import cells, is_ablation, normalizations, summarize
 
 USAGE = "python -m tools.sweep --data DIR [options of the training] | --evaluate DIR [--tiff]"
 MODELS = {"efficientad": train, "simplenet": simplenet}
-ABLATIONS = {  # the distinct trainings behind the tables
-    "efficientad": {
-        "default": {},
-        **{f"p_hard-{p}": {"p_hard": p} for p in (0, 0.9, 0.99, 0.9999, 0.99999)},
-        "no-penalty": {"pretraining_images": "none"},
-        "p_hard-0-no-penalty": {"p_hard": 0, "pretraining_images": "none"},
-    },
-    "simplenet": {
-        "default": {},
-        **{f"noise-{noise}": {"noise": noise} for noise in (0.0015, 0.005, 0.05, 0.15)},
-        "no-adaptor": {"no_adaptor": True},
-        **{f"layers-{'-'.join(n)}": {"layers": [*map(int, n)]} for n in ("2", "3", "123")},
-    },
+ABLATION = {  # the distinct trainings behind tables 3 to 5, by the name of the run
+    "default": {},
+    **{f"p_hard-{p}": {"p_hard": p} for p in (0, 0.9, 0.99, 0.9999, 0.99999)},
+    "no-penalty": {"pretraining_images": "none"},
+    "p_hard-0-no-penalty": {"p_hard": 0, "pretraining_images": "none"},
 }
-CHOSEN = {"p_hard", "a", "b", "map_normalization", "noise", "no_adaptor", "layers"}  # by --ablation
 BY_DEVICE = {"steps", "epochs", "lr", "precision"}  # options with defaults that depend on it
 
 
@@ -63,7 +54,7 @@ class Options:
     data: str = option("demo", "a folder of categories, or one category")
     categories: str | None = option(None, "only these of a folder of categories", metavar="A,B")
     seeds: list[int] = option([], "a run each", type=simplenet.integers, nargs=None, metavar="0,1")
-    ablation: bool = option(False, "the trainings behind tables 3 to 5, or SimpleNet's options")
+    ablation: bool = option(False, "the trainings behind the paper's tables 3 to 5")
     model: str = option("efficientad", "what is trained", choices=list(MODELS))
     out: str | None = option(None, "folder of the runs; default runs/DATA", metavar="DIR")
     evaluate: str | None = option(None, "evaluate the runs in DIR, sum them up", metavar="DIR")
@@ -86,18 +77,16 @@ def failures(failed: dict[str, str], run: Path) -> Iterator[None]:
 
 def list_jobs(sweep: Options, base: RunOptions) -> list[RunOptions]:
     """The options of each run, with its folder. `base`: what they have in common."""
-    categories = known = {path.name: path for path in data.list_categories(sweep.data)}
+    known = {path.name: path for path in data.list_categories(sweep.data)}
     name, variant = Path(os.path.abspath(sweep.data)).name, getattr(base, "size", sweep.model)
     if sweep.ablation and known:
         raise data.DataError(f"{sweep.data}: --ablation takes one category: {', '.join(known)}")
-    if sweep.categories:
-        categories = {name: known.get(name) for name in sweep.categories.split(",")}
-    elif not categories:
-        categories = {name: data.open_category(sweep.data).root}
-    if None in categories.values():
-        unknown = ", ".join(name for name, path in categories.items() if path is None)
+    wanted = sweep.categories.split(",") if sweep.categories else [*known]
+    unknown = ", ".join(category for category in wanted if category not in known)
+    if unknown:
         there = ", ".join(known) or "none: name the folder above it"
         raise data.DataError(f"{sweep.data}: has no category {unknown}; it has: {there}")
+    categories = {n: known[n] for n in wanted} or {name: data.open_category(sweep.data).root}
     if not (known or sweep.seeds or sweep.ablation):
         command = f"{base.command} --data {shlex.quote(sweep.data)}"
         raise data.DataError(f"{sweep.data}: this is one run; use: {command}")
@@ -107,7 +96,7 @@ def list_jobs(sweep: Options, base: RunOptions) -> list[RunOptions]:
     jobs = []
     for name, path in categories.items():
         place = "./demo" if str(path) == "demo" else str(path)  # the word is the built-in set
-        runs = ABLATIONS[sweep.model] if sweep.ablation else {f"{name}-{variant}": {}}
+        runs = ABLATION if sweep.ablation else {f"{name}-{variant}": {}}
         for run, changes in runs.items():
             for seed in dict.fromkeys(sweep.seeds or [base.seed]):
                 out = str(folder / (f"{run}-seed{seed}" if sweep.seeds else run))
@@ -184,8 +173,7 @@ def results_of(run: Path, options: evaluate.Options) -> dict:
     print(f"{run}:", file=sys.stderr)
     with lock(run / ".lock"):
         remove_leftovers(run)
-        evaluate.evaluate(run, evaluate.load_run(run, options.device), options)
-    return json.loads(path.read_text())
+        return evaluate.evaluate(run, evaluate.load_run(run, options.device), options)
 
 
 @torch.no_grad()
@@ -204,10 +192,10 @@ def ablation_scores(model: EfficientAD) -> list[dict]:
     )
     entries, penalty = [], info["pretraining_images"] != "none"
     for quantiles in normalizations(info["p_hard"], penalty):
-        if quantiles is None:
-            fit_gaussian(model, validation)
-        else:
+        if quantiles:
             model.fit_normalization(validation, *quantiles)
+        else:
+            fit_gaussian(model, validation)
         scores = [model.normalize_maps(*maps)["combined"].max().item() for maps in raw_maps]
         by_map, defects = {"combined": np.array(scores)}, [test.defect for test in tests]
         found = image_metrics(by_map, defects, model.threshold.item(), average_types=loco)
@@ -222,31 +210,30 @@ def evaluate_runs(folder: Path, options: evaluate.Options) -> None:
     if not folder.is_dir():
         raise data.DataError(f"{folder}: no such folder; --evaluate takes a folder of runs")
     results, failed = {}, {}
-    for run in sorted(path.parent for path in folder.glob("*/model.pt")):
-        with failures(failed, run):
-            results[run] = results_of(run, options)
-    if is_ablation([*results.values()]):
-        for run, entry in results.items():
-            if entry["training"]["p_hard"] is None or "ablation" in entry:
-                continue
+    for run in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if (run / "model.pt").exists():
+            with failures(failed, run):
+                results[run] = results_of(run, options)
+        elif (run / "resume.pt").exists() or not holds_results(run):
+            failed[run.name] = "not trained to the end"
+    wanted = results if is_ablation([*results.values()]) else {}
+    for run, entry in wanted.items():
+        if "ablation" not in entry and entry["training"]["p_hard"] is not None:
             with failures(failed, run), lock(run / ".lock"):
                 entry["ablation"] = ablation_scores(evaluate.load_run(run, options.device))
                 write(run / "results.json", json.dumps(entry, indent=1) + "\n")
-    for run in sorted(path for path in folder.iterdir() if path.is_dir()):
-        begun = (run / "resume.pt").exists() or not holds_results(run)
-        if begun and not (run / "model.pt").exists():
-            failed[run.name] = "not trained to the end"
     if not results and not failed:
         raise data.DataError(f"{folder}: has no runs in it")
     try:
-        content, sections = summarize_runs([*results.values()])
+        tables = summarize([*results.values()])
     except ValueError as error:
         raise data.DataError(f"{folder}: {error}") from None
-    text = "\n\n".join(f"### {title}\n\n{table(rows)}" for title, rows in sections.items()) + "\n"
+    text = "\n".join(f"### {title}\n\n{table(cells(rows))}\n" for title, rows in tables.items())
     text += "".join(f"\nfailed: {name}: {reason}\n" for name, reason in failed.items())
     with lock(folder / ".lock"):
         remove_leftovers(folder, "*")
-        write(folder / "summary.json", json.dumps(content | {"failed": failed}, indent=1) + "\n")
+        content = {"tables": tables, "failed": failed}
+        write(folder / "summary.json", json.dumps(content, indent=1) + "\n")
         write(folder / "summary.md", text)
     print(f"\n{text}\nwrote {folder / 'summary.json'} and summary.md")
     if failed:
@@ -269,10 +256,12 @@ def main(argv: list[str] | None = None) -> None:
         return
     model = MODELS[sweep.model]
     given = vars(make_parser(model.Options, USAGE).parse_args(rest))
-    if sweep.ablation and (CHOSEN & given.keys() or given.get("pretraining_images") == "none"):
-        own = CHOSEN & {field.name for field in fields(model.Options)}
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(own))
+    chosen = {"p_hard", "a", "b", "map_normalization"} & given.keys()
+    if sweep.ablation and (chosen or given.get("pretraining_images") == "none"):
+        names = "--p-hard, --a, --b, --map-normalization"
         parser.error(f"--ablation chooses {names} and the penalty by itself")
+    if sweep.ablation and sweep.model != "efficientad":
+        parser.error("--ablation trains EfficientAD")
     if "resume" in given or (sweep.seeds and "seed" in given):
         parser.error("give --seed or --seeds; --resume belongs to the training of one run")
     try:
