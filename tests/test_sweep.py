@@ -209,12 +209,12 @@ def test_ablation(loco, tiny, run_script, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "ABLATION", {name: sweep.ABLATION[name] for name in kept})
     sweep.main(["--ablation", *options])
     folder = tmp_path / "runs/pushpins-small-ablation"
-    assert set(models(folder)) == set(kept)
+    assert set(models(folder)) == {*kept, "recipe-paper"}
     status, out, err = run_script("tools.sweep", "--evaluate", folder, "--device", "cpu")
     assert status == 0, err
     tables = read(folder / "summary.json")["tables"]
-    assert [len(rows) for rows in tables.values()] == [6, 6, 6, 4, 4]
-    cumulative, isolated = list(tables.values())[3:]
+    assert [len(rows) for rows in tables.values()] == [6, 6, 6, 4, 4, 2]
+    cumulative, isolated = list(tables.values())[3:5]
     for rows, published in ((cumulative, [0.8, 1.0, 0.4]), (isolated, [-0.7, -0.7, -0.4])):
         assert [round(row["difference paper"], 1) for row in rows[1:]] == published
     before, after = (row["image_auroc"]["mean"] for row in cumulative[:2])
@@ -228,6 +228,8 @@ def test_ablation(loco, tiny, run_script, tmp_path, monkeypatch):
         ("Table 5without pretraining penalty", "no-penalty"),
         ("Table 4+ map normalization", "p_hard-0-no-penalty"),
         ("Table 3a = 0.9", "default"),
+        ("Recipe recipe short", "default"),
+        ("Recipe recipe paper", "recipe-paper"),
     ):
         auroc = read(folder / run / "results.json")["image_auroc"]
         assert ours[name]["mean"] == pytest.approx(100 * auroc), name

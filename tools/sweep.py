@@ -54,7 +54,9 @@ class Options:
     data: str = option("demo", "a folder of categories, or one category")
     categories: str | None = option(None, "only these of a folder of categories", metavar="A,B")
     seeds: list[int] = option([], "a run each", type=simplenet.integers, nargs=None, metavar="0,1")
-    ablation: bool = option(False, "the trainings behind the paper's tables 3 to 5")
+    ablation: bool = option(
+        False, "the trainings behind the paper's tables 3 to 5, and the other recipe"
+    )
     model: str = option("efficientad", "what is trained", choices=list(MODELS))
     out: str | None = option(None, "folder of the runs; default runs/DATA", metavar="DIR")
     evaluate: str | None = option(None, "evaluate the runs in DIR, sum them up", metavar="DIR")
@@ -96,7 +98,10 @@ def list_jobs(sweep: Options, base: RunOptions) -> list[RunOptions]:
     jobs = []
     for name, path in categories.items():
         place = "./demo" if str(path) == "demo" else str(path)  # the word is the built-in set
-        runs = ABLATION if sweep.ablation else {f"{name}-{variant}": {}}
+        runs = {f"{name}-{variant}": {}}
+        if sweep.ablation:
+            other = "short" if base.recipe == "paper" else "paper"
+            runs = ABLATION | {f"recipe-{other}": {"recipe": other, "lr": None}}
         for run, changes in runs.items():
             for seed in dict.fromkeys(sweep.seeds or [base.seed]):
                 out = str(folder / (f"{run}-seed{seed}" if sweep.seeds else run))
@@ -200,6 +205,7 @@ def ablation_scores(model: EfficientAD) -> list[dict]:
         by_map, defects = {"combined": np.array(scores)}, [test.defect for test in tests]
         found = image_metrics(by_map, defects, model.threshold.item(), average_types=loco)
         entry = {"p_hard": info["p_hard"], "penalty": penalty, "quantiles": quantiles}
+        entry["recipe"] = info.get("recipe", "paper")
         entries.append(entry | {"image_auroc": found["image_auroc"]})
     return entries
 
