@@ -279,8 +279,8 @@ class EfficientAD(nn.Module):
 
     def pdn_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Normalized images -> the outputs of teacher and student; a shared stem runs once."""
-        stem = self.teacher.stem(x)
-        return self.teacher_features(x, stem), self.student(x, stem if self.shared_stem else None)
+        stem = (self.teacher.stem(x),) if self.shared_stem else ()
+        return self.teacher_features(x, *stem), self.student(x, *stem)
 
     def normalize(self, images: Tensor, any_size: bool = False) -> Tensor:
         """Images N×3×H×W, uint8 0–255 or float 0–1 -> float32 with ImageNet's mean and standard
@@ -303,9 +303,9 @@ class EfficientAD(nn.Module):
             raise ValueError(f"images must be N×3×{height}×{width}, got {tuple(images.shape)}")
 
     @torch.no_grad()
-    def teacher_features(self, x: Tensor, stem: Tensor | None = None) -> Tensor:
+    def teacher_features(self, x: Tensor, *stem: Tensor) -> Tensor:
         """Normalized images N×3×H×W -> the teacher's output N×384×h×w, (T − μ)/σ per channel."""
-        return (self.teacher(x, stem) - self.teacher_mean) / self.teacher_std
+        return (self.teacher(x, *stem) - self.teacher_mean) / self.teacher_std
 
     def normalize_maps(self, local_map: Tensor, global_map: Tensor) -> dict[str, Tensor]:
         """Raw maps N×1×h×w -> maps by name, N×1×H×W: q_a becomes 0, q_b 0.1 (section 3.4); the

@@ -90,8 +90,8 @@ class FastEfficientAD(TiledEfficientAD):
         images = images.to(self.mean.device, non_blocking=True)
         return (images - self.mean).to(self.dtype, memory_format=torch.channels_last)
 
-    def teacher_features(self, x: Tensor, stem: Tensor | None = None) -> Tensor:
-        return self.teacher(x, stem)  # normalized by its last convolution
+    def teacher_features(self, x: Tensor, *stem: Tensor) -> Tensor:
+        return self.teacher(x, *stem)  # normalized by its last convolution
 
     def forward_pass(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images -> combined map and score; with the kernels one resize serves both maps."""
