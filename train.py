@@ -68,11 +68,11 @@ class Options(RunOptions):
             raise OptionError("--minutes takes a number above 0, without --steps")
         if self.steps is None and self.minutes is None:
             self.steps = PAPER_STEPS if self.device.startswith("cuda") else CPU_STEPS
-        if self.recipe is None:
-            self.recipe = "paper" if (self.steps or 1) >= SHORT_STEPS else "short"
-        self.lr = self.lr or LR[self.recipe]
+        steps = 1 if self.steps is None else self.steps  # of --minutes: chosen later
+        self.recipe = self.recipe or ("paper" if steps >= SHORT_STEPS else "short")
+        self.lr = LR[self.recipe] if self.lr is None else self.lr
         self.check_rate(self.lr)
-        if (self.steps or 1) < 1 or not 0 <= self.p_hard <= 1 or not 0 <= self.a < self.b <= 1:
+        if steps < 1 or not 0 <= self.p_hard <= 1 or not 0 <= self.a < self.b <= 1:
             raise OptionError("need --steps >= 1, 0 <= --p-hard <= 1 and 0 <= --a < --b <= 1")
         if self.map_normalization == "gaussian" and (self.a, self.b) != (Options.a, Options.b):
             raise OptionError("--a and --b belong to --map-normalization quantile")
