@@ -119,7 +119,8 @@ def test_au_spro_and_au_pro_against_the_definition(seed):
     maps, regions, masks = [], [], []
     for i in range(5):
         shape, levels = tuple(rng.integers(6, 14, 2)), (4, 30, 10**6)[seed % 3]
-        maps.append(rng.integers(0, levels, shape).astype(np.float32))  # many ties, some, none
+        scores = (rng.integers(0, levels, shape) - levels // 3) / 7  # many ties, some, none
+        maps.append(scores.astype(np.float32))
         regions.append([])
         for _ in range(rng.integers(0, 3) if i else 1):
             mask = rng.random(shape) < rng.uniform(0.02, 0.5)
