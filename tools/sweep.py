@@ -2,7 +2,7 @@
 
     python -m tools.sweep --data mvtec --seeds 0,1,2         # into runs/mvtec/
     python -m tools.sweep --data mvtec/bottle --ablation     # the trainings behind tables 3 to 5
-    python -m tools.sweep --data mvtec --model simplenet --backbone-weights FILE
+    python -m tools.sweep --data mvtec --model simplenet
     torchrun --nproc-per-node 4 -m tools.sweep --data visa   # the runs are shared by four GPUs
     python -m tools.sweep --evaluate runs/mvtec              # a table, with the paper's values
 
