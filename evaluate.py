@@ -11,6 +11,7 @@ and MVTec LOCO read them. A folder of runs: python -m tools.sweep --evaluate DIR
 
 import shlex
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +79,11 @@ def predict(model: nn.Module, path: Path) -> tuple[Image.Image, dict, dict]:
     return image, maps, {name: score.item() for name, score in scores.items()}
 
 
+def resize(values: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    """Map h×w -> the map of an image of `size` (W, H)."""
+    return Image.fromarray(values).resize(size, Image.Resampling.BILINEAR)
+
+
 def score_folder(place: Path, model: nn.Module, options: Options) -> None:
     """Score the images below a folder, with overlays, into place/images. One image is in memory at
     a time."""
@@ -138,31 +144,39 @@ def evaluate(run: Path, model: nn.Module, options: Options) -> dict:
     info, loco = model.training_info, category.layout == "loco"
     scale = (float(model.floor), model.threshold.item())
 
-    # Predict: maps and scores of each test image.
-    entries, full_maps, masks, truths = [], [], [], []
-    with report.new_overlays(folder) as overlays:
+    # Predict: maps and scores of each test image. Full-size maps are too large to keep: their own
+    # size is, in a file.
+    entries, sizes, localization = [], [], metrics.Localization(saturated=loco)
+    with report.new_overlays(folder) as overlays, tempfile.TemporaryFile(dir=overlays) as kept:
         for sample in tqdm(category.test, "evaluating", unit="image"):
             image, maps, scores = predict(model, sample.path)
             name, size = f"{sample.defect}/{sample.path.stem}", image.size[::-1]
-            mask, own = sample.mask(size), Image.fromarray(next(iter(maps.values())))
-            full_map = own.resize(image.size, Image.Resampling.BILINEAR)
+            own, mask = next(iter(maps.values())), sample.mask(size)
+            full_map = resize(own, image.size)
             if options.tiff:
                 write(folder / "anomaly_maps" / category.name / "test" / f"{name}.tiff", full_map)
-            full_maps.append(np.asarray(full_map))
-            masks.append(mask)
-            truths.append(category.regions(sample, size) if loco else mask)
+            truth = category.regions(sample, size) if loco else mask
+            localization.add(np.asarray(full_map), truth, sample.defect)
+            kept.write(own.tobytes())
+            sizes.append(image.size)
             entry = {"name": name, "defect": sample.defect, "scores": scores}
             entries.append(entry | report.report_entry(image, mask, maps, scale))
             write(overlays / f"{name}.png", report.overlay(image, mask, maps, scores, scale))
+        if localization.located:
+            kept.seek(0)
+            stored = (np.frombuffer(kept.read(own.nbytes), own.dtype) for _ in sizes)
+            full_maps = (resize(m.reshape(own.shape), size) for m, size in zip(stored, sizes))
+            localization.measure(tqdm(full_maps, "measuring", len(sizes), unit="image"))
 
     # Measure: which images are defective, and where.
     defects = [sample.defect for sample in category.test]
     by_map = {k: np.array([e["scores"][k] for e in entries]) for k in entries[0]["scores"]}
     results = {"category": category.name, "data": str(category.root.resolve())}
     results |= metrics.image_metrics(by_map, defects, scale[1], average_types=loco)
-    areas, curves = metrics.localization_metrics(full_maps, truths, defects, saturated=loco)
-    if areas:
-        results["pixel_auroc"], results["pixel_ap"] = metrics.pixel_metrics(full_maps, masks)
+    areas, curves = {}, {}
+    if localization.located:
+        areas, curves = localization.areas(), dict(localization.curves())
+        results["pixel_auroc"], results["pixel_ap"] = localization.pixel_metrics()
     key, _, limit = report.AU_SPRO if loco else report.AU_PRO
     for name, by_limit in areas.items():
         entry = results if name == "overall" else results["types"][name]

@@ -1,6 +1,7 @@
 """Evaluation metrics: numpy in, numbers out. Knows no model and no path."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from scipy import ndimage
@@ -113,93 +114,208 @@ def image_metrics(
 # ------------------------------------------------------------------------------------ localization
 
 
-def pixel_metrics(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> tuple[float, float]:
-    """(AU-ROC, average precision) of telling defective from defect-free pixels, each in [0, 1];
-    ties count as in scikit-learn, which needs 90 bytes a pixel where this needs the maps' own size
-    once more. Arguments as in `pro_curve`. Raises ValueError for mismatched shapes, or if one kind
-    of pixel is missing."""
-    pairs = [(np.asarray(m), np.asarray(k) != 0) for m, k in zip(maps, masks, strict=True)]
-    if any(m.shape != k.shape for m, k in pairs):
-        raise ValueError("a mask differs in shape from its map")
-    normal = np.concatenate([m[~k] for m, k in pairs])
-    defective = np.concatenate([m[k] for m, k in pairs])
-    if not normal.size or not defective.size:
-        given = f"{normal.size} defect-free and {defective.size} defective"
-        raise ValueError(f"need pixels of both kinds, got {given}")
-    normal.sort()
-    scores, counts = np.unique(defective, return_counts=True)
-    below, up_to = (np.searchsorted(normal, scores, side) for side in ("left", "right"))
-    auroc = np.sum(counts * (below + up_to) / 2) / normal.size / defective.size
-    # True positives at each threshold; the normal pixels that are not below it are false positives.
-    found = np.cumsum(counts[::-1])[::-1]
-    average = np.sum(counts * found / (found + normal.size - below)) / defective.size
-    return float(auroc), float(average)
+def rounded(scores: np.ndarray) -> np.ndarray:
+    """Scores with 16 significant bits; their order is kept."""
+    mantissa, exponent = np.frexp(scores)
+    return np.ldexp(np.round(mantissa * 2**16), exponent - 16)
 
 
-def pro_curve(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> Curve:
-    """Per-region overlap against false-positive rate (MVTec AD), exact. `maps`: anomaly maps, float
-    h×w. `masks`: bool or uint8 h×w, nonzero where defective, all zero for a good image. Sizes may
-    differ between images. Regions are the 8-connected components of the masks. Returns (fpr, pro),
-    float64 in [0, 1], from (0, 0) to (1, 1).
+class Steps:
+    """What rises as a threshold falls: the overlap with regions, and the defective pixels found.
+    Scores, and by how much both rise at each. Counts the normal pixels below each, and up to it."""
 
-    Every distinct score is a threshold, and equal scores move together; points between which the
-    curve is straight are left out. Raises ValueError for mismatched shapes, a score that is not
-    finite, no region, or no defect-free pixel."""
+    def __init__(self):
+        self.scores, self.rises = [np.zeros(0, np.float32)], [np.zeros((2, 0))]
 
-    def components(mask: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
-        labels, n = ndimage.label(np.asarray(mask) != 0, np.ones((3, 3)))
-        for i in range(n):
-            region = labels == i + 1
-            yield region, int(region.sum())
+    def add(self, scores: np.ndarray, overlap: np.ndarray | float, pixels: float) -> None:
+        self.scores.append(scores)
+        self.rises.append(np.stack([np.broadcast_to(x, scores.shape) for x in (overlap, pixels)]))
 
-    return spro_curve(maps, [components(mask) for mask in masks])
+    def merge(self, change: Callable = np.asarray) -> int:
+        """Sort by score, `change` of it before; equal scores become one. Returns their number."""
+        scores, position = np.unique(change(np.concatenate(self.scores)), return_inverse=True)
+        rises = np.concatenate(self.rises, 1)
+        self.rises = [np.stack([np.bincount(position, x, len(scores)) for x in rises])]
+        self.scores = [scores]
+        return len(scores)
+
+    def start(self) -> None:
+        n, self.normal = self.merge(), 0
+        self.below, self.up_to = np.zeros(n, np.int64), np.zeros(n, np.int64)
+
+    def count(self, normal: np.ndarray) -> None:
+        """Sorted scores of normal pixels."""
+        self.normal += len(normal)
+        self.below += np.searchsorted(normal, self.scores[0], "left")
+        self.up_to += np.searchsorted(normal, self.scores[0], "right")
+
+    def curve(self) -> Curve:
+        """(false-positive rate, overlap) from (0, 0) to (1, 1). Both change only at a score that
+        occurs; up to the next one the overlap is constant."""
+        after = np.cumsum(self.rises[0][0, ::-1])
+        if not len(after) or not self.normal:
+            given = f"{self.rises[0][0].sum():.0f} and {self.normal}"
+            raise ValueError(f"need at least one region and one defect-free pixel, got {given}")
+        after /= after[-1]
+        # The normal pixels above each score, and those at or above it.
+        positives = self.normal - np.stack([self.up_to, self.below], 1)[::-1]
+        overlap = np.stack([np.concatenate([[0.0], after[:-1]]), after], 1)
+        fpr, overlap = positives.ravel() / self.normal, overlap.ravel()
+        return np.concatenate([[0.0], fpr, [1.0]]), np.concatenate([[0.0], overlap, [1.0]])
 
 
-def spro_curve(maps: Sequence[np.ndarray], regions: Sequence[Regions]) -> Curve:
-    """Saturated per-region overlap against false-positive rate (MVTec LOCO), exact. `regions`: for
-    each map its (mask h×w, saturation area in pixels), none for a good image. The overlap of a
-    region is min(pixels found, saturation)/saturation. A false positive is a pixel outside all
-    regions of its image. Returns and raises as `pro_curve`, and ValueError for a saturation area
-    that is not within (0, area]."""
-    if len(maps) != len(regions):
-        raise ValueError(f"{len(maps)} maps but masks for {len(regions)}")
-    normals, found, gains = [], [], []
-    for values, image_regions in zip(maps, regions):
-        values, outside = np.asarray(values), np.ones(np.shape(values), bool)
+class Localization:
+    """How well anomaly maps show the defects, from two looks at each: `add` them one by one, then
+    `measure` them in the same order. AU-PRO of MVTec AD; with `saturated` AU-sPRO of MVTec LOCO.
+
+    Exact: every distinct score is a threshold, and equal scores move together. Memory grows with
+    the defective pixels alone, to 2 GiB for 2²³ of them. With more, scores are rounded to 16 bits,
+    which moves no figure by 1e-5, and memory grows no further."""
+
+    limit = 2**23  # scores of defective, and of normal pixels, that are held at once
+
+    def __init__(self, saturated: bool = False):
+        self.saturated, self.change, self.held = saturated, np.asarray, 0
+        self.types: dict[str, Steps] = {}
+        self.images: list[tuple[str, bytes | None]] = []  # defect type and, packed, the mask
+        self.located = True  # every defective image has a region
+
+    def add(self, values: np.ndarray, truth: np.ndarray | Regions, defect: str) -> None:
+        """`values`: an anomaly map, float h×w. `truth`: its mask, bool or uint8 h×w, nonzero where
+        defective, whose 8-connected components are the regions; with `saturated` the regions
+        themselves, of which one overlaps by min(pixels found, saturation)/saturation. `defect`:
+        "good" or the defect type. Raises ValueError for another shape, a value that is not finite,
+        or a saturation area that is not within (0, area]."""
+        values = np.asarray(values)
+        mask = np.zeros(values.shape, bool)
         if not np.isfinite(values).all():
             raise ValueError("an anomaly map has a value that is not finite")
-        for mask, saturation in image_regions:
-            mask = np.asarray(mask) != 0
-            if mask.shape != values.shape:
-                raise ValueError(f"mask of shape {mask.shape} for a map of shape {values.shape}")
-            scores = np.sort(values[mask])[::-1]
+        steps = self.types.setdefault(defect, Steps())
+        for region, saturation in truth if self.saturated else components(truth):
+            region = np.asarray(region) != 0
+            if region.shape != values.shape:
+                raise ValueError(f"mask of shape {region.shape} for a map of shape {values.shape}")
+            scores = np.sort(values[region])[::-1]
             if not 0 < saturation <= len(scores):
-                raise ValueError(
-                    f"saturation area {saturation} of a region of {len(scores)} pixels"
-                )
+                area = f"saturation area {saturation}"
+                raise ValueError(f"{area} of a region of {len(scores)} pixels")
             whole = int(np.ceil(saturation))  # only the highest scores count, until it is saturated
             gain = np.full(whole, 1 / saturation)
             gain[-1] -= (whole - saturation) / saturation
-            found.append(scores[:whole])
-            gains.append(gain)
-            outside &= ~mask
-        normals.append(values[outside])
-    normal = np.concatenate(normals) if normals else np.empty(0)
-    del normals  # most of the memory and of the time goes here
-    normal.sort()
-    if not found or not normal.size:
-        given = f"{len(found)} and {normal.size}"
-        raise ValueError(f"need at least one region and one defect-free pixel, got {given}")
+            self._hold(steps, scores[:whole], gain, 0 if self.saturated else 1)
+            mask |= region
+        if self.saturated:  # regions may overlap
+            self._hold(steps, values[mask], 0, 1)
+        self.located &= defect == "good" or bool(mask.any())
+        self.images.append((defect, zlib.compress(np.packbits(mask), 1) if mask.any() else None))
 
-    # The overlap grows only at a score that occurs in a region; up to the next one it is constant.
-    scores, position = np.unique(np.concatenate(found), return_inverse=True)
-    after = np.cumsum(np.bincount(position, np.concatenate(gains))[::-1])
-    after /= after[-1]  # the number of regions
-    sides = ("right", "left")  # the normal pixels above each score, and those at or above it
-    counts = [normal.size - np.searchsorted(normal, scores[::-1], side) for side in sides]
-    fpr = np.stack(counts, 1).ravel() / normal.size
-    pro = np.stack([np.concatenate([[0.0], after[:-1]]), after], 1).ravel()
-    return np.concatenate([[0.0], fpr, [1.0]]), np.concatenate([[0.0], pro, [1.0]])
+    def _hold(self, steps: Steps, scores: np.ndarray, overlap: np.ndarray | int, pixels: int):
+        steps.add(self.change(scores), overlap, pixels)
+        self.held += len(scores)
+        if self.held > self.limit:
+            self.change = rounded
+            self.held = sum(steps.merge(rounded) for steps in self.types.values())
+
+    def measure(self, maps: Iterable[np.ndarray]) -> None:
+        """The second look: the same maps in the same order. Counts their normal pixels: those of a
+        good image for each defect type, those of a defective one for its own type."""
+        self.all = Steps()
+        for steps in self.types.values():
+            self.all.scores += steps.scores
+            self.all.rises += steps.rises
+        for steps in (self.all, *self.types.values()):
+            steps.start()
+        normals, held = {defect: [] for defect in self.types}, 0
+
+        def count() -> None:
+            for defect, chunks in normals.items():
+                scores = self.change(np.concatenate([*chunks, np.zeros(0, np.float32)]))
+                chunks.clear()
+                scores.sort()
+                own = self.types.values() if defect == "good" else [self.types[defect]]
+                for steps in (*own, self.all):
+                    steps.count(scores)
+
+        for values, (defect, packed) in zip(maps, self.images, strict=True):
+            values = np.asarray(values).ravel()
+            if packed is not None:
+                mask = np.frombuffer(zlib.decompress(packed), np.uint8)
+                values = values[np.unpackbits(mask, count=values.size) == 0]
+            normals[defect].append(values)
+            held += values.size
+            if held > self.limit:
+                count()
+                held = 0
+        count()
+
+    def pixel_metrics(self) -> tuple[float, float]:
+        """(AU-ROC, average precision) of telling defective from defect-free pixels, each in [0, 1];
+        ties count as in scikit-learn. Raises ValueError if one kind of pixel is missing."""
+        n, below, counts = self.all.normal, self.all.below, self.all.rises[0][1]
+        defective = counts.sum()
+        if not n or not defective:
+            given = f"{n} defect-free and {defective:.0f} defective"
+            raise ValueError(f"need pixels of both kinds, got {given}")
+        auroc = np.sum(counts * (below + self.all.up_to) / 2) / n / defective
+        # True positives at each threshold; the normal pixels not below it are false positives.
+        found = np.cumsum(counts[::-1])[::-1]
+        average = np.sum(counts * found / (found + n - below)) / defective
+        return float(auroc), float(average)
+
+    def areas(self) -> dict[str, dict[str, float]]:
+        """{defect type: {limit: AU-PRO}} against the good images, for "0.01" to "1" (LIMITS), and
+        "overall" of all types together; with `saturated` AU-sPRO, and overall the mean of the
+        types. Raises ValueError without a region of each type or without a defect-free pixel."""
+
+        def under(curve: Curve) -> dict[str, float]:
+            return {str(limit): area_under_curve(*curve, limit) for limit in LIMITS}
+
+        areas = {name: under(curve) for name, curve in self.curves()}
+        if not self.saturated:
+            return areas | {"overall": under(self.all.curve())}
+        means = {
+            k: float(np.mean([entry[k] for entry in areas.values()])) for k in map(str, LIMITS)
+        }
+        return areas | {"overall": means}
+
+    def curves(self) -> Iterator[tuple[str, Curve]]:
+        """(defect type, (false-positive rate, overlap)) in turn, float64 in [0, 1]. Raises as
+        `areas`."""
+        return ((name, s.curve()) for name, s in self.types.items() if name != "good")
+
+
+def components(mask: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+    """The 8-connected components of a mask, each with its area."""
+    labels, n = ndimage.label(np.asarray(mask) != 0, np.ones((3, 3)))
+    for i in range(n):
+        region = labels == i + 1
+        yield region, int(region.sum())
+
+
+def pixel_metrics(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> tuple[float, float]:
+    """`Localization.pixel_metrics` of maps and masks in memory, each h×w."""
+    return _looked_at(maps, masks, saturated=False).pixel_metrics()
+
+
+def pro_curve(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> Curve:
+    """Per-region overlap against false-positive rate (MVTec AD), from (0, 0) to (1, 1); arguments
+    and errors as of `Localization.add`. Sizes may differ between images."""
+    return _looked_at(maps, masks, saturated=False).all.curve()
+
+
+def spro_curve(maps: Sequence[np.ndarray], regions: Sequence[Regions]) -> Curve:
+    """Saturated per-region overlap against false-positive rate (MVTec LOCO), as `pro_curve`."""
+    return _looked_at(maps, regions, saturated=True).all.curve()
+
+
+def _looked_at(maps: Sequence, truths: Sequence, saturated: bool) -> Localization:
+    if len(maps) != len(truths):
+        raise ValueError(f"{len(maps)} maps but masks for {len(truths)}")
+    localization = Localization(saturated)
+    for values, truth in zip(maps, truths):
+        localization.add(values, truth, "any")
+    localization.measure(maps)
+    return localization
 
 
 def area_under_curve(fpr: np.ndarray, pro: np.ndarray, limit: float) -> float:
@@ -226,39 +342,3 @@ def au_spro(maps: Sequence[np.ndarray], regions: Sequence[Regions], limit: float
     """Area under `spro_curve` up to a false-positive rate of `limit`, divided by it; MVTec LOCO
     reports 0.05 first."""
     return area_under_curve(*spro_curve(maps, regions), limit)
-
-
-def localization_metrics(
-    maps: Sequence[np.ndarray], truths: Sequence, defects: Sequence[str], saturated: bool
-) -> tuple[dict[str, dict[str, float]], dict[str, Curve]]:
-    """(areas, curves). `defects`: of each image "good" or its defect type. `truths`: of each image
-    a bool mask; with `saturated` (MVTec LOCO) a list of regions, see `spro_curve`. Both results are
-    empty unless every defective image has a region.
-
-    Areas: {defect type: {limit: AU-PRO}} against the good images, for "0.01" to "1" (LIMITS), and
-    "overall" of all types together; with `saturated` AU-sPRO, and overall the mean of the types.
-    Curves: {defect type: (fpr, pro)}. Raises as `spro_curve`."""
-    located = [  # of each defective image
-        len(truth) if saturated else truth.any()
-        for truth, defect in zip(truths, defects, strict=True)
-        if defect != "good"
-    ]
-    if not located or not all(located):
-        return {}, {}
-
-    def curve(chosen: set[str]) -> Curve:
-        which = [i for i, defect in enumerate(defects) if defect in chosen]
-        function = spro_curve if saturated else pro_curve
-        return function([maps[i] for i in which], [truths[i] for i in which])
-
-    def areas_under(c: Curve) -> dict[str, float]:
-        return {str(limit): area_under_curve(*c, limit) for limit in LIMITS}
-
-    types = [name for name in dict.fromkeys(defects) if name != "good"]
-    curves = {name: curve({name, "good"}) for name in types}
-    areas = {name: areas_under(c) for name, c in curves.items()}
-    if saturated:
-        overall = {k: float(np.mean([areas[name][k] for name in types])) for k in areas[types[0]]}
-    else:
-        overall = areas_under(curve({*types, "good"}))
-    return areas | {"overall": overall}, curves

@@ -143,6 +143,7 @@ def new_overlays(folder: Path) -> Iterator[Path]:
     these stay."""
     new, old = folder / "overlays.new", folder / "overlays"
     shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
     try:
         yield new
         shutil.rmtree(old, ignore_errors=True)

@@ -16,20 +16,9 @@ from PIL import Image
 import evaluate
 from efficientad import EfficientAD
 from support import report
-from support.data import read_image, to_array
+from support.data import Category, Sample, read_image, to_array
 
 CPU = ("--device", "cpu")
-
-
-@pytest.fixture
-def own(model, tiny_demo, tmp_path):
-    """A run folder whose model says that it was trained on tiny_demo."""
-    (tmp_path / "own").mkdir()
-    info = {"data": str(tiny_demo.resolve()), "category": "tiny", "steps": 3, "seed": 5}
-    checkpoint = model.checkpoint()
-    checkpoint["training"] = model.training_info | info
-    torch.save(checkpoint, tmp_path / "own/model.pt")
-    return tmp_path / "own"
 
 
 def rows_of(path) -> list[dict]:
@@ -222,21 +211,31 @@ def test_heat_colours():
     assert report.overlay(PHOTO, mask, {"a": np.zeros((4, 4))}, {"a": 0}, (0, 1)).width == 776
 
 
-def test_many_images_at_flat_memory(run, model, tmp_path, monkeypatch):
-    """Scoring keeps no image: resident memory after 60 and after 360 of 600 KB each."""
+@pytest.mark.parametrize("work", ["score", "evaluate"])
+def test_many_images_at_flat_memory(work, run, model, tmp_path, monkeypatch):
+    """Resident memory after 30 and after 130 images of 1.4 MB, with maps of 1.9 MB."""
     maps, sizes = {"combined": np.zeros((128, 128), np.float32)}, []
 
     def predict(*_):
-        return Image.new("RGB", (500, 400), "red"), maps, {"combined": 0.0}
+        return Image.new("RGB", (800, 600), "red"), maps, {"combined": float(len(sizes))}
 
     def paths(*_, **__):
-        for i in range(361):
-            if i in (60, 360):
+        for i in range(131):
+            if i in (30, 130):
                 status = Path("/proc/self/status").read_text()
                 sizes.append(int(status.split("VmRSS:")[1].split()[0]))  # KiB
             yield tmp_path / f"{i}.png"
 
+    class Samples(list):
+        def __iter__(self):
+            for i, path in enumerate(paths()):
+                yield Sample(path, "good" if i else "bad", ())
+
     monkeypatch.setattr(evaluate, "predict", predict)
     monkeypatch.setattr(evaluate.data, "list_images", paths)
-    evaluate.score_folder(run, model, evaluate.Options(images=str(tmp_path), device="cpu"))
-    assert sizes[1] - sizes[0] < 30_000, sizes  # 300 images would be 176,000
+    category = Category("many", "mvtec", tmp_path, [], None, Samples())
+    monkeypatch.setattr(evaluate, "find_tests", lambda *_: (category, run))
+    options = {"images": str(tmp_path)} if work == "score" else {"data": "many"}
+    function = evaluate.score_folder if work == "score" else evaluate.evaluate
+    function(run, model, evaluate.Options(device="cpu", **options))
+    assert sizes[1] - sizes[0] < 30_000, sizes  # 100 images would be 140,000, as many maps 190,000

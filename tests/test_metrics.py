@@ -87,13 +87,22 @@ def test_au_spro_is_the_official_one(shared):
             maps.append(np.asarray(Image.open(path)))
             regions.append(category.regions(Sample(path, defect, tuple(masks)), maps[-1].shape))
             defects.append(defect)
-    areas, _ = metrics.localization_metrics(maps, regions, defects, saturated=True)
+    areas = localize(maps, regions, defects, saturated=True).areas()
     for thresholds, tolerance in (("all", 1e-12), ("refined", 1e-4)):
         official = expected[f"official_{thresholds}_thresholds"]["auc_spro"]
         for kind, by_limit in official.items():
             found = areas["overall" if kind == "mean" else kind]
             values = {limit.removesuffix(".0"): area for limit, area in by_limit.items()}
             assert found == pytest.approx(values, abs=tolerance)
+
+
+def localize(maps, truths, defects, saturated, limit=None):
+    localization = metrics.Localization(saturated)
+    localization.limit = limit or localization.limit
+    for values, truth, defect in zip(maps, truths, defects):
+        localization.add(values, truth, defect)
+    localization.measure(maps)
+    return localization
 
 
 def by_definition(maps, regions, limit):
@@ -130,7 +139,7 @@ def test_au_spro_and_au_pro_against_the_definition(seed):
     labels = [ndimage.label(mask, np.ones((3, 3))) for mask in masks]
     parts = [[(x == k, (x == k).sum()) for k in range(1, n + 1)] for x, n in labels]
     defects = ["ab"[i % 2] if mask.any() else "good" for i, mask in enumerate(masks)]
-    areas, _ = metrics.localization_metrics(maps, masks, defects, saturated=False)
+    areas = localize(maps, masks, defects, saturated=False).areas()
     for limit in (0.01, 0.3, 1):
         expected = by_definition(maps, regions, limit)
         assert au_spro(maps, regions, limit) == pytest.approx(expected, abs=1e-12)
@@ -172,10 +181,33 @@ def test_what_has_no_value_is_refused():
 
 
 def test_localization_needs_a_region_in_every_defective_image():
-    maps, defects, empty = [np.eye(4)] * 3, ["good", "a", "a"], np.zeros((4, 4), bool)
-    for last, found in ((np.eye(4) > 0, {"a", "overall"}), (empty, set())):
-        masks = [empty, np.eye(4) > 0, last]
-        regions = [[(mask, 2)] if mask.any() else [] for mask in masks]
-        for truths, saturated in ((masks, False), (regions, True)):
-            areas, curves = metrics.localization_metrics(maps, truths, defects, saturated)
-            assert areas.keys() == found and curves.keys() == found - {"overall"}
+    empty, defect = np.zeros((4, 4), bool), np.eye(4) > 0
+    for last, located in ((defect, True), (empty, False)):
+        for saturated in (False, True):
+            localization = metrics.Localization(saturated)
+            for mask, kind in ((empty, "good"), (defect, "a"), (last, "a")):
+                truth = ([(mask, 2)] if mask.any() else []) if saturated else mask
+                localization.add(np.eye(4), truth, kind)
+            assert localization.located == located
+
+
+@pytest.mark.parametrize("saturated", [False, True])
+def test_many_defective_pixels(saturated):
+    """Above the limit, scores are rounded; no figure moves by 1e-5, and few scores are held."""
+    rng = np.random.default_rng(0)
+    maps, truths, defects = [], [], []
+    for i in range(30):
+        mask = ndimage.gaussian_filter(rng.normal(size=(200, 300)), 10) > 0.02 * (i > 5)
+        mask &= i % 3 > 0
+        scores = rng.beta(2 + i / 10 + mask, 4, mask.shape)
+        maps.append((1 + scores).astype(np.float32))  # 2¹⁵ of these have 16 bits
+        regions = [(mask, mask.sum() / 2)] if mask.any() else []
+        truths.append(regions if saturated else mask)
+        defects.append(["good", "a", "b"][i % 3])
+    exact = localize(maps, truths, defects, saturated)
+    few = localize(maps, truths, defects, saturated, limit=100_000)
+    assert exact.held > 300_000 and few.held < 100_000
+    for name, by_limit in exact.areas().items():
+        assert few.areas()[name] == pytest.approx(by_limit, abs=1e-5)
+        assert few.areas()[name] != by_limit
+    assert few.pixel_metrics() == pytest.approx(exact.pixel_metrics(), abs=1e-5)
