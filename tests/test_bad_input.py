@@ -185,6 +185,7 @@ def test_data_sets_that_cannot_be_trained_on(tmp_path, run_script, teacher):
         (("--device", "meta"), "--device meta: torch cannot use it"),
         (("--a", "0.9", "--b", "0.8"), "--a < --b"),
         (("--lr", "inf"), "--lr > 0"),
+        (("--batch-size", 0), "--batch-size >= 1"),
         (("--checkpoint-every", "nan"), "--checkpoint-every >= 0"),
         (("--map-normalization", "gaussian", "--a", 0.5), "--a and --b belong to"),
         (("--resume", "used"), "with it go --device and, if the data moved, --data"),

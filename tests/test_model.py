@@ -286,6 +286,12 @@ def test_calibration_maps_the_quantiles_to_0_and_01(padding):
         normalized = 0.1 * (m - q_a) / (q_b - q_a)
         assert normalized.quantile(0.8).item() == pytest.approx(0, abs=1e-5)
         assert normalized.quantile(0.98).item() == pytest.approx(0.1, abs=1e-5)
+    q_a, q_b = (
+        model.quantiles[:, i].view(2, 1, 1, 1, 1).expand(2, 1, 1, *raw[0].shape[2:]) for i in (0, 1)
+    )
+    for q, expected in ((q_a, 0), (q_b, 0.1), (2 * q_b - q_a, 0.2)):
+        for name, m in model.normalize_maps(*q).items():
+            assert m[0, 0, 64, 64].item() == pytest.approx(expected, abs=1e-5), name
     assert list(maps) == ["combined", "local", "global"] == list(predicted)
     torch.testing.assert_close(maps["combined"], (maps["local"] + maps["global"]) / 2)
     torch.testing.assert_close(scores[:2], maps["combined"].amax((1, 2, 3)))

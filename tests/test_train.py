@@ -14,6 +14,7 @@ import torch
 from conftest import PHOTO, ROOT, TINY, assert_refused, put
 
 import support.training
+import train
 from efficientad import PDN, EfficientAD, ModelError
 from support.checkpoints import all_finite, load_model, read_checkpoint, write_checkpoint
 from support.runs import LossCheck, write
@@ -65,7 +66,10 @@ def test_recipe_paper(command, run_script, tmp_path):
     options = ("--steps", 20, "--recipe", "paper", "--pretraining-images", "none")
     assert run_script(*command, *options)[0] == 0
     rates = {entry["step"]: entry["lr"] for entry in log_of(tmp_path / "o")}
-    assert rates == {0: 1e-4, 10: 1e-4, 19: pytest.approx(1e-5)}  # × 0.1 at 95 % of the steps
+    assert rates == {0: 1e-4, 10: 1e-4, 19: pytest.approx(1e-5)}
+    long = train.Options(steps=100, recipe="paper", device="cpu")
+    factors = [train.rate_factor(step, long) for step in range(100)]
+    assert factors == [1] * 95 + [0.1] * 5  # section 3.3
     model = load_model(tmp_path / "o/model.pt", EfficientAD)
     assert not model.shared_stem and model.student[0].weight.ne(model.teacher[0].weight).any()
 
