@@ -10,14 +10,12 @@ and MVTec LOCO read them. A folder of runs: python -m tools.sweep --evaluate DIR
 """
 
 import shlex
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -25,8 +23,10 @@ from baselines.simplenet import SimpleNet
 from efficientad import ModelError
 from support import data, metrics, report
 from support.checkpoints import load_model
+from support.fast import PRECISIONS
 from support.options import OptionError, option, parse_options, pick_device
-from support.runs import fingerprint, lock, remove_leftovers, run_command, threshold_meaning, write
+from support.runs import fingerprint, lock, remove_leftovers, run_command, write
+from support.scoring import fast_form, predict, read, resize, score_folder
 from support.tiling import TiledEfficientAD
 
 
@@ -40,14 +40,17 @@ class Options:
     out: str | None = option(None, "with --images: folder of the results", metavar="DIR")
     tiff: bool = option(False, "also write anomaly maps of the images' size, float32")
     skip_bad_images: bool = option(False, "with --images: leave out and list unreadable files")
+    precision: str = option(
+        "auto", "of --images: auto is the fastest but int8; else fp32", choices=PRECISIONS
+    )
     device: str | None = option(None, "cuda or cpu; default cuda if there is one")
 
     def __post_init__(self) -> None:
         self.device = str(pick_device(self.device))
         if self.images is not None and (self.data or self.tiff):
             raise OptionError("--images scores unlabelled images, without --data and --tiff")
-        if self.images is None and (self.skip_bad_images or self.out):
-            raise OptionError("--skip-bad-images and --out go with --images")
+        if self.images is None and (self.skip_bad_images or self.out or self.precision != "auto"):
+            raise OptionError("--skip-bad-images, --out and --precision go with --images")
 
 
 def newest_run() -> Path:
@@ -66,58 +69,6 @@ def load_run(run: Path, device: str | torch.device) -> nn.Module:
         remedy = "train it with train.py, or call model.calibrate before saving"
         raise ModelError(f"{run / 'model.pt'}: not calibrated; {remedy}")
     return model.to(device, memory_format=torch.channels_last)
-
-
-@torch.inference_mode()
-def predict(model: nn.Module, path: Path) -> tuple[Image.Image, dict, dict]:
-    """Image file -> RGB image, anomaly maps by name (float32 H×W of the model's image size), scores
-    by name. The model's own map and score are the first ones."""
-    image = data.read_image(path)
-    x = torch.from_numpy(data.to_array(image, model.image_size))[None]
-    maps, scores = model.predict(x.to(model.threshold.device, memory_format=torch.channels_last))
-    maps = {name: m[0, 0].cpu().numpy() for name, m in maps.items()}
-    return image, maps, {name: score.item() for name, score in scores.items()}
-
-
-def resize(values: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    """Map h×w -> the map of an image of `size` (W, H)."""
-    return Image.fromarray(values).resize(size, Image.Resampling.BILINEAR)
-
-
-def score_folder(place: Path, model: nn.Module, options: Options) -> None:
-    """Score the images below a folder, with overlays, into place/images. One image is in memory at
-    a time."""
-    info, scale = model.training_info, (float(model.floor), model.threshold.item())
-    folder, rows, skipped = Path(options.images), [], []
-    with report.new_overlays(place / "images") as overlays:
-        for path in tqdm(data.list_images(folder, recursive=True), "scoring", unit="image"):
-            name, odd = str(path.relative_to(folder)), []
-            try:
-                image, maps, scores = predict(model, path)
-            except data.DataError as error:
-                if not options.skip_bad_images:
-                    remedy = "or leave such files out with --skip-bad-images"
-                    raise data.DataError(f"{error}; {remedy}") from None
-                print(f"skipped: {error}", file=sys.stderr)
-                skipped.append([name, str(error)])
-                continue
-            if "appearance" in info:
-                odd = data.differences(data.appearance_of(image), info["appearance"])
-            anomalous = int(next(iter(scores.values())) > scale[1])
-            rows.append([name, *scores.values(), anomalous, ", ".join(odd)])
-            write(overlays / f"{name}.png", report.overlay(image, None, maps, scores, scale))
-        if not rows:
-            reason = f"none of its {len(skipped)} images can be read; the first: {skipped[0][1]}"
-            raise data.DataError(f"{folder}: {reason}")
-    for file in sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file()):
-        hidden = any(part[0] == "." for part in file.parts)
-        if not hidden and file.suffix.lower() not in data.SUFFIXES:
-            skipped.append([file, "a file of another kind"])
-    header = ["image", *report.scores_header(scores), "anomalous", "unlike_training"]
-    meaning = f"threshold {scale[1]:.4f}: {threshold_meaning(info.get('validation_images'))}"
-    report.write_scores(place / "images", [header, *rows], skipped, meaning)
-    if "appearance" not in info:
-        print("how its training images looked is not in the model: unusual images are not marked")
 
 
 def find_tests(run: Path, model: nn.Module, name: str | None) -> tuple[data.Category, Path]:
@@ -149,7 +100,8 @@ def evaluate(run: Path, model: nn.Module, options: Options) -> dict:
     entries, sizes, localization = [], [], metrics.Localization(saturated=loco)
     with report.new_overlays(folder) as overlays, tempfile.TemporaryFile(dir=overlays) as kept:
         for sample in tqdm(category.test, "evaluating", unit="image"):
-            image, maps, scores = predict(model, sample.path)
+            image, images = read(sample.path, model.image_size)
+            maps, scores = predict(model, images)
             name, size = f"{sample.defect}/{sample.path.stem}", image.size[::-1]
             own, mask = next(iter(maps.values())), sample.mask(size)
             full_map = resize(own, image.size)
@@ -205,8 +157,11 @@ def main(argv: list[str] | None = None) -> None:
     place.mkdir(parents=True, exist_ok=True)
     with lock(place / ".lock"):
         remove_leftovers(place)
-        work = evaluate if options.images is None else score_folder
-        work(place, model, options)
+        if options.images is None:
+            evaluate(place, model, options)
+        else:
+            model = fast_form(model, options.precision)
+            score_folder(place / "images", model, Path(options.images), options.skip_bad_images)
 
 
 if __name__ == "__main__":

@@ -182,11 +182,7 @@ def train(options: Options) -> Path:
         run.record(step, take_step(step), options.lr * rate_factor(step, options))
 
     # Map normalization and threshold from the validation images (section 3.4).
-    each = training.one_by_one(normal.validation, device, "calibration")
-    if options.map_normalization == "gaussian":
-        training.calibrate_gaussian(model, each)
-    else:
-        model.calibrate(each, options.a, options.b)
+    training.calibrate(model, normal.validation, options.map_normalization, options.a, options.b)
     return run.finish(model)
 
 

@@ -1,36 +1,58 @@
 """The fast form of a trained EfficientAD, and CUDA graphs for it and for the training step."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from efficientad import EfficientAD, ModelError, use_kernels
+from support import int8
 from support.tiling import TiledEfficientAD
 
 FOR_INFERENCE = "the fast form is for inference: train, calibrate and save its model"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = ["auto", *DTYPES, "int8"]
 
 
 def optimize(model: EfficientAD, precision: str = "auto", batch_sizes=(1,)) -> "FastEfficientAD":
     """The fast form of a model, on the same device, for inference alone. `precision`: see
-    `choose_precision`. `batch_sizes`: each gets a CUDA graph; others run too. Raises ValueError for
-    another precision, ModelError if a weight overflows it."""
+    `choose_precision`; "int8" becomes "auto", with a warning, where it cannot run. `batch_sizes`:
+    each gets a CUDA graph; others run too. Raises ValueError for another precision, ModelError if a
+    weight overflows it."""
+    if precision == "int8" and (reason := int8.problem(model)):
+        precision = choose_precision("auto", model.threshold.device)
+        warnings.warn(f"{reason}; {precision} instead")
     return FastEfficientAD(model, precision, batch_sizes)
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """ "fp32", "bf16" or "fp16" as it is; "auto" is fp16 on a GPU, bf16 on a CPU with instructions
-    for it, else fp32. fp16 is as fast as bf16 on a GPU and rounds eight times finer; nothing in the
-    networks comes near its limit of 65,504. Raises ValueError for another one."""
+    """ "fp32", "bf16", "fp16" or "int8" as it is; "auto" is fp16 on a GPU, bf16 on a CPU with
+    instructions for it, else fp32. fp16 is as fast as bf16 on a GPU and rounds eight times finer;
+    nothing in the networks comes near its limit of 65,504. Raises ValueError for another one."""
     if precision == "auto":
         on_cpu = "bf16" if cpu_has_bf16(device) else "fp32"
         return "fp16" if device.type == "cuda" else on_cpu
-    if precision not in DTYPES:
-        raise ValueError(f"precision must be auto, {', '.join(DTYPES)}, got {precision!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     return precision
+
+
+@torch.no_grad()
+def calibrate_int8(model: EfficientAD, batches: Iterable[Tensor], a=0.9, b=0.995) -> None:
+    """What int8 needs, from normal images held out of training, uint8 N×3×H×W, into the model's
+    training_info: ranges of the activations, and quantiles and threshold measured in int8, whose
+    noise lifts the maps. Does nothing where int8 cannot run, or for images beyond TILE."""
+    batches = list(batches)
+    model.training_info["int8"] = info = {}
+    if int8.problem(model) or any(model.oversized(x) for x in batches):
+        del model.training_info["int8"]
+        return
+    info["maxima"] = int8.measure_maxima(model, batches)
+    fast = FastEfficientAD(model, "int8", ())
+    fast.fit_normalization([fast.raw_maps(x) for x in batches], a, b)
+    info |= {"quantiles": fast.quantiles.tolist(), "threshold": fast.threshold.item()}
 
 
 def cpu_has_bf16(device: torch.device) -> bool:
@@ -40,7 +62,8 @@ def cpu_has_bf16(device: torch.device) -> bool:
 
 class FastEfficientAD(TiledEfficientAD):
     """What `optimize` makes: uint8 N×3×H×W, on any device -> the model's map and score up to
-    rounding. It takes no float images (TypeError) and can neither be trained nor saved.
+    rounding. It takes no float images (TypeError) and can neither be trained nor saved. With int8
+    teacher and student are in int8, the autoencoder as with "auto".
 
     Weights are in half precision, channels last. Scaling to ImageNet's statistics lies in the first
     convolutions; the mean colour is still subtracted from the image, because zero padding has to
@@ -54,18 +77,24 @@ class FastEfficientAD(TiledEfficientAD):
         super().__init__(**model.config)
         device = model.threshold.device
         self.precision = choose_precision(precision, device)
-        self.dtype, self.training_info = DTYPES[self.precision], model.training_info
+        small = self.precision == "int8"
+        half = "bf16" if cpu_has_bf16(device) else "fp32"  # of the autoencoder beside int8
+        self.dtype, self.training_info = (
+            DTYPES.get(self.precision, DTYPES[half]),
+            model.training_info,
+        )
         self.load_state_dict(model.state_dict())
         self.to(device).eval().requires_grad_(False)
         self.fold()
         if not all(bool(p.isfinite().all()) for p in self.parameters()):
             raise ModelError(f"a weight is beyond {self.precision}: choose another precision")
         x = torch.zeros(1, 3, *self.image_size, dtype=self.dtype, device=device)
-        half = self.precision == "bf16" and cpu_has_bf16(device)
-        fusible = device.type == "cpu" and torch.backends.mkldnn.is_available()
-        if fusible and (half or self.precision == "fp32") and not use_kernels(x):
-            for network in (self.teacher, self.student, self.autoencoder):
+        native = self.dtype == torch.float32 or DTYPES[half] == self.dtype
+        if device.type == "cpu" and torch.backends.mkldnn.is_available() and native:
+            for network in (self.autoencoder, *(() if small else (self.teacher, self.student))):
                 fuse_relu(network, x)
+        if small:
+            self.quantize(**model.training_info["int8"])
         self.passes = BatchGraphs(self.forward_pass, self.image_size, device, batch_sizes)
 
     def fold(self) -> None:
@@ -79,8 +108,18 @@ class FastEfficientAD(TiledEfficientAD):
         self.mean *= 255
         last.weight /= self.teacher_std.view(-1, 1, 1, 1)
         last.bias.sub_(self.teacher_mean.flatten()).div_(self.teacher_std.flatten())
-        for network in networks:
+        for network in networks[2:] if self.precision == "int8" else networks:
             network.to(dtype=self.dtype, memory_format=torch.channels_last)
+
+    def quantize(self, maxima: dict, quantiles: list | None = None, threshold: float = 0) -> None:
+        """Put int8 networks in the place of teacher and student, and their calibration."""
+        for name, values in maxima.items():
+            pdn = int8.Int8PDN(getattr(self, name), values, self.image_size, self.mean)
+            setattr(self, name, pdn)
+        self.autoencoder = int8.Centred(self.autoencoder, self.mean, self.dtype)
+        if quantiles:
+            self.quantiles.copy_(torch.tensor(quantiles))
+            self.threshold.fill_(threshold)
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 N×3×H×W -> what the first convolutions take: minus 255 times the mean colour."""
@@ -88,18 +127,24 @@ class FastEfficientAD(TiledEfficientAD):
             raise TypeError(f"the fast form takes uint8 images (0–255), got {images.dtype}")
         self.check_shape(images)
         images = images.to(self.mean.device, non_blocking=True)
+        if self.precision == "int8":  # the networks subtract the mean
+            return images.contiguous(memory_format=torch.channels_last)
         return (images - self.mean).to(self.dtype, memory_format=torch.channels_last)
 
     def teacher_features(self, x: Tensor, *stem: Tensor) -> Tensor:
         return self.teacher(x, *stem)  # normalized by its last convolution
 
     def forward_pass(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images -> combined map and score; with the kernels one resize serves both maps."""
-        if not use_kernels(self.quantiles) or self.oversized(images):
-            return super().forward(images)
-        from kernels import combined_map  # there, since kernels run
+        """Images -> combined map and score; one resize serves both maps."""
+        if use_kernels(self.quantiles) and not self.oversized(images):
+            from kernels import combined_map  # there, since kernels run
 
-        m = self.resize(combined_map(*self.features(images), self.quantiles))
+            raw = combined_map(*self.features(images), self.quantiles)
+        else:
+            (local_map, global_map), (q_a, q_b) = self.raw_maps(images), self.quantiles.T
+            scale = 0.05 / (q_b - q_a)
+            raw = local_map * scale[0] + global_map * scale[1] - (q_a * scale).sum()
+        m = self.resize(raw)
         return m, m.amax((1, 2, 3))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:

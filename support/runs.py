@@ -324,7 +324,7 @@ class Run:
         info |= {"category": normal.category.name, "data": str(normal.category.root.resolve())}
         info |= {"training_images": len(normal.training), "appearance": normal.appearance}
         info |= {"validation_images": len(normal.validation), "skipped_images": skipped}
-        model.training_info = info
+        model.training_info |= info
         if skipped:
             write(self.folder / "skipped.txt", "\n".join(skipped) + "\n")
         write_checkpoint(model.cpu().checkpoint(), self.folder / "model.pt")

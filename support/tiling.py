@@ -27,7 +27,8 @@ class TiledEfficientAD(EfficientAD):
     @property
     def activation(self) -> int:
         """Elements of a PDN's first activation, its largest, for one image."""
-        return self.student[0].out_channels * math.prod(self.image_size)
+        width = 128 if self.config["size"] == "small" else 256
+        return width * math.prod(self.image_size)
 
     def oversized(self, images: Tensor) -> bool:
         """Whether these images are too much at once."""

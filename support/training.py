@@ -23,7 +23,7 @@ from efficientad import (
     student_autoencoder_loss,
 )
 from support.data import Images, PhotographCrops, list_images
-from support.fast import Graphed
+from support.fast import Graphed, calibrate_int8
 
 KEPT_BYTES = 2 * 2**30  # on the device, each: decoded training images, teacher outputs for them
 
@@ -213,7 +213,7 @@ def steps_until(
         moments.append(time.time())
     with torch.no_grad():
         model.raw_maps(image)[0].cpu()
-    calibration = len(validation) * (time.time() - moments[-1])
+    calibration = 2 * len(validation) * (time.time() - moments[-1])  # for int8 too
     step = (moments[-1] - moments[4]) / (len(moments) - 5)  # the first ones are slow
     return max(1, int((end - calibration - time.time()) / step))
 
@@ -266,10 +266,17 @@ def fit_gaussian(model: EfficientAD, raw: list) -> None:
 
 
 @torch.no_grad()
-def calibrate_gaussian(model: EfficientAD, batches: Iterable[Tensor]) -> None:
-    """`fit_gaussian` in place of `EfficientAD.calibrate`."""
-    model.eval()
-    fit_gaussian(model, [model.raw_maps(x) for x in batches])
+def calibrate(model: EfficientAD, images: Sequence, normalization: str, a: float, b: float) -> None:
+    """Map normalization and threshold from normal images held out of training (section 3.4), or
+    with `normalization` "gaussian" by `fit_gaussian`; then the same for int8, on the CPU, where the
+    model is left."""
+    batches = one_by_one(images, model.threshold.device, "calibration")
+    if normalization == "gaussian":
+        model.eval()
+        fit_gaussian(model, [model.raw_maps(x) for x in batches])
+    else:
+        model.calibrate(batches, a, b)
+        calibrate_int8(model.cpu(), one_by_one(images, torch.device("cpu"), "int8"), a, b)
 
 
 def pretraining_images(

@@ -15,7 +15,7 @@ from PIL import Image
 
 import evaluate
 from efficientad import EfficientAD
-from support import report
+from support import report, scoring
 from support.data import Category, Sample, read_image, to_array
 
 CPU = ("--device", "cpu")
@@ -222,29 +222,25 @@ def test_heat_colours():
 @pytest.mark.parametrize("work", ["score", "evaluate"])
 def test_many_images_at_flat_memory(work, run, model, tmp_path, monkeypatch):
     """Resident memory after 30 and after 130 images of 1.4 MB, with maps of 1.9 MB."""
-    maps, sizes = {"combined": np.zeros((128, 128), np.float32)}, []
+    maps, calls, sizes = {"combined": np.zeros((128, 128), np.float32)}, [], []
 
     def predict(*_):
-        return Image.new("RGB", (800, 600), "red"), maps, {"combined": float(len(sizes))}
+        calls.append(1)
+        if len(calls) in (30, 130):
+            status = Path("/proc/self/status").read_text()
+            sizes.append(int(status.split("VmRSS:")[1].split()[0]))  # KiB
+        return maps, {"combined": 0.0}
 
-    def paths(*_, **__):
-        for i in range(131):
-            if i in (30, 130):
-                status = Path("/proc/self/status").read_text()
-                sizes.append(int(status.split("VmRSS:")[1].split()[0]))  # KiB
-            yield tmp_path / f"{i}.png"
-
-    class Samples(list):
-        def __iter__(self):
-            for i, path in enumerate(paths()):
-                yield Sample(path, "good" if i else "bad", ())
-
-    monkeypatch.setattr(evaluate, "predict", predict)
-    monkeypatch.setattr(evaluate.data, "list_images", paths)
-    category = Category("many", "mvtec", tmp_path, [], None, Samples())
-    monkeypatch.setattr(evaluate, "find_tests", lambda *_: (category, run))
-    sizes.clear()  # Category looks at its samples
-    options = {"images": str(tmp_path)} if work == "score" else {"data": "many"}
-    function = evaluate.score_folder if work == "score" else evaluate.evaluate
-    function(run, model, evaluate.Options(device="cpu", **options))
+    for module in (scoring, evaluate):
+        monkeypatch.setattr(module, "predict", predict)
+        monkeypatch.setattr(module, "read", lambda *_: (Image.new("RGB", (800, 600), "red"), None))
+    paths = [tmp_path / f"{i}.png" for i in range(131)]
+    if work == "score":
+        monkeypatch.setattr(scoring.data, "list_images", lambda *_, **__: paths)
+        scoring.score_folder(run, model, tmp_path, False)
+    else:
+        samples = [Sample(path, "good" if i else "bad", ()) for i, path in enumerate(paths)]
+        category = Category("many", "mvtec", tmp_path, [], None, samples)
+        monkeypatch.setattr(evaluate, "find_tests", lambda *_: (category, run))
+        evaluate.evaluate(run, model, evaluate.Options(data="many", device="cpu"))
     assert sizes[1] - sizes[0] < 30_000, sizes  # 100 images would be 140,000, as many maps 190,000

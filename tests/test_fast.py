@@ -2,14 +2,18 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import DEMO_SIZE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import efficientad
 import support.tiling
 from efficientad import EfficientAD, ModelError
+from support.checkpoints import load_model
 from support.fast import Graphed, cpu_has_bf16, optimize
+from support.int8 import Int8Conv
 from support.tiling import TiledEfficientAD
+from support.training import calibrate
 
 CPU = torch.device("cpu")
 GPU = torch.cuda.is_available()
@@ -66,8 +70,8 @@ def test_fast_form_leaves_the_model_alone_and_refuses_what_it_cannot_do(demo_ima
     for forbidden in (fast.losses, fast.calibrate, lambda _: fast.save("m.pt")):
         with pytest.raises(TypeError, match="for inference"):
             forbidden(image)
-    with pytest.raises(ValueError, match="'int8'"):
-        optimize(model, "int8")
+    with pytest.raises(ValueError, match="'int4'"):
+        optimize(model, "int4")
     model.teacher[0].weight.data *= 1e9
     with pytest.raises(ModelError, match="beyond fp16"):
         optimize(model, "fp16")
@@ -170,3 +174,74 @@ def test_strips_have_no_seams(size, padding, monkeypatch):
         for a, b in zip(found, expected):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert not model.oversized(images)  # with gradient nothing is divided
+
+
+def reference_int8(layer, weight, x, relu):
+    """The layer of these weights, its integers in float64."""
+    stride, padding, _, groups = layer.geometry
+    scale = weight.abs().amax((1, 2, 3)) / 127
+    integers = (weight / scale.view(-1, 1, 1, 1)).round().double()
+    y = F.conv2d(x.double(), integers, None, stride, padding, 1, groups)
+    y = y * (scale.double() * layer.scale).view(1, -1, 1, 1)
+    y = y if layer.bias is None else y + layer.bias.double().view(1, -1, 1, 1)
+    return y.relu() if relu else y
+
+
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this CPU has no int8 instructions")
+@pytest.mark.parametrize("pool", [False, True])
+def test_int8_convolution_is_the_integers(pool):
+    x = torch.randint(0, 256, (1, 16, 9, 11), dtype=torch.uint8)
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(16, 1, 2, 2) if pool else torch.randn(32, 16, 3, 3)
+    bias = None if pool else torch.randn(32)
+    for out_scale in (None, 0.05):
+        layer = Int8Conv(weight, bias, x.shape, 0.01, out_scale, not pool, pool)
+        y, expected = layer(x), reference_int8(layer, weight, x, not pool)
+        if out_scale is None:
+            torch.testing.assert_close(y, expected.bfloat16(), rtol=2**-8, atol=1e-3)
+        else:
+            difference = (y - (expected / out_scale).round().clamp(0, 255)).abs()
+            assert difference.max() <= 1 and (difference > 0).double().mean() < 1e-2  # ties
+
+
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this CPU has no int8 instructions")
+@pytest.mark.parametrize("size, shared_stem", [("small", True), ("small", False), ("medium", True)])
+def test_int8_from_a_checkpoint(size, shared_stem, tmp_path):
+    """Near the model's own maps; what it needs survives saving; threshold and quantiles are its
+    own."""
+    model = TiledEfficientAD(size=size, image_size=(128, 160), shared_stem=shared_stem)
+    images = torch.randint(0, 256, (3, 3, 128, 160), dtype=torch.uint8)
+    model.fit_teacher_statistics(images.split(1))
+    calibrate(model, images, "quantile", 0.9, 0.995)
+    model.save(str(tmp_path / "model.pt"))
+    loaded = load_model(tmp_path / "model.pt", TiledEfficientAD)
+    fast = optimize(loaded, "int8")
+    assert fast.precision == "int8" and fast.threshold != model.threshold
+    with torch.inference_mode():
+        anomaly_map, score = fast(images)
+        maps, scores = fast.predict(images)
+        for own, expected in zip(fast.raw_maps(images), model.raw_maps(images)):
+            error = (own - expected).square().mean().sqrt() / expected.mean()
+            assert 0 < error < 0.05
+    torch.testing.assert_close(anomaly_map, maps["combined"], rtol=0, atol=1e-5)
+    assert fast.threshold == pytest.approx(score.max().item(), abs=1e-5)
+    with pytest.raises(TypeError, match="uint8"):
+        fast(images.float())
+
+
+def test_int8_where_it_cannot_run(monkeypatch):
+    model = TiledEfficientAD(image_size=(128, 128))
+    for name, value, reason in (
+        ("nothing", None, "no ranges for int8: call support.fast.calibrate_int8"),
+        ("padding", True, "without padding"),
+        ("training_info", {"int8": {}}, "no int8 convolution of the expected kind"),
+        ("vnni", False, "needs a CPU with VNNI"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cpu, "_is_vnni_supported", lambda name=name: name != "vnni")
+            if name == "training_info":
+                patch.setattr("support.int8.Int8Conv.forward", lambda *_: 1 / torch.missing)
+            if hasattr(model, name):
+                patch.setattr(model, name, value)
+            with pytest.warns(UserWarning, match=reason):
+                assert optimize(model, "int8").precision in ("bf16", "fp32")

@@ -23,7 +23,7 @@ from efficientad import (
     hard_feature_loss,
     quantile,
 )
-from support.training import calibrate_gaussian, fast_losses, short_losses
+from support.training import calibrate, fast_losses, short_losses
 
 IMAGES = torch.randint(0, 256, (4, 3, 128, 128), dtype=torch.uint8)
 
@@ -296,7 +296,7 @@ def test_calibration_maps_the_quantiles_to_0_and_01(padding):
     torch.testing.assert_close(maps["combined"], (maps["local"] + maps["global"]) / 2)
     torch.testing.assert_close(scores[:2], maps["combined"].amax((1, 2, 3)))
     assert model.threshold == scores.max()
-    calibrate_gaussian(model, batches)
+    calibrate(model, torch.cat(batches), "gaussian", 0.9, 0.995)
     for m, (q_a, q_b) in zip(raw, model.quantiles):
         normalized = 0.1 * (m - q_a) / (q_b - q_a)
         assert normalized.mean().item() == pytest.approx(0, abs=1e-4)

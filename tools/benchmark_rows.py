@@ -14,7 +14,7 @@ import kernels
 from efficientad import EfficientAD
 from kernels.conv_relu_pool import reference as conv_relu_pool_reference
 from kernels.distance_map import combined_map_reference, distance_map_reference
-from support.fast import cpu_has_bf16, optimize
+from support.fast import calibrate_int8, cpu_has_bf16, optimize
 from support.optimizers import make_adam
 from support.training import Step, augment, draw, teacher_outputs, turn_gray
 from train import losses_of
@@ -88,6 +88,36 @@ def openvino(model: nn.Module, images: Tensor) -> Callable:
     return lambda x: torch.from_numpy(network(x.numpy())[0].copy())
 
 
+def openvino_int8(model: nn.Module, images: Tensor) -> Callable:
+    """By NNCF, in docs/export.md's way: what follows the networks is left in float."""
+    import nncf
+    import openvino
+
+    if model.threshold.is_cuda:
+        raise ImportError("OpenVINO runs on CPUs")
+    tail = nncf.IgnoredScope(
+        types=["Subtract", "Power", "ReduceMean", "Interpolate"], validate=False
+    )
+    network = openvino.convert_model(model, example_input=images)
+    network = nncf.quantize(network, nncf.Dataset([images.numpy()]), ignored_scope=tail)
+    hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    if cpu_has_bf16(images.device):
+        hints["INFERENCE_PRECISION_HINT"] = "bf16"
+    network = openvino.compile_model(network, "CPU", hints)
+    return lambda x: torch.from_numpy(network(x.numpy())[0].copy())
+
+
+def ours_int8(model: nn.Module, images: Tensor) -> Callable:
+    if not isinstance(model, EfficientAD):
+        raise ImportError("int8 is for EfficientAD")
+    model = copy.deepcopy(model)
+    calibrate_int8(model, [images])
+    if "int8" not in model.training_info:
+        raise ImportError("int8 needs a CPU with VNNI instructions")
+    fast = optimize(model, "int8", (len(images),))
+    return lambda x: fast(x)[0].cpu()
+
+
 def ours(model: nn.Module, images: Tensor) -> Callable:
     fast = fast_form(model, len(images))
     return lambda x: fast(x)[0].cpu()
@@ -101,7 +131,9 @@ ROWS = {
     "torch.compile max-autotune, half": (compiled, HALF),
     "ONNX Runtime fp32": (onnx_runtime, FP32),
     "OpenVINO half": (openvino, HALF),
+    "OpenVINO int8": (openvino_int8, HALF),
     "ours": (ours, HALF),
+    "ours int8": (ours_int8, HALF),
 }
 
 # -------------------------------------------------------------------------------------- training

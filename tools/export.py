@@ -34,6 +34,7 @@ def metadata(model: nn.Module) -> dict[str, str]:
     """JSON values by name, as docs/export.md lists them; of paths the names alone."""
     height, width = model.image_size
     info = {k: Path(v).name if isinstance(v, str) else v for k, v in model.training_info.items()}
+    info.pop("int8", None)  # for this program's own fast form
     info["skipped_images"] = len(info.get("skipped_images", []))  # the messages name paths
     values = {"threshold": model.threshold.item(), "height": height, "width": width}
     values |= {"config": model.config, "training": info}

@@ -1,0 +1,117 @@
+"""Scores of image files: one for evaluation, a folder of unlabelled ones as fast as possible."""
+
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from efficientad import EfficientAD
+from support import data, report
+from support.fast import optimize
+from support.runs import threshold_meaning, write
+from support.training import in_threads
+
+
+def fast_form(model: nn.Module, precision: str) -> nn.Module:
+    """The fast form of EfficientAD or SimpleNet; "fp32" leaves a model as it is. A note says where
+    int8 cannot run."""
+    if precision == "fp32":
+        return model
+    if not isinstance(model, EfficientAD):
+        return model.optimize("auto" if precision == "int8" else precision)
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        fast = optimize(model, precision)
+    for note in notes:
+        print(f"note: {note.message}", file=sys.stderr)
+    return fast
+
+
+def read(path: Path, size: tuple[int, int]) -> tuple[Image.Image, Tensor]:
+    """Image file -> RGB image, and what a model of this image size takes, uint8 1×3×H×W."""
+    image = data.read_image(path)
+    return image, torch.from_numpy(data.to_array(image, size))[None]
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, images: Tensor) -> tuple[dict, dict]:
+    """uint8 1×3×H×W -> anomaly maps by name (float32 H×W of the model's image size), scores by
+    name. The model's own map and score are the first ones."""
+    images = images.to(model.threshold.device, memory_format=torch.channels_last)
+    maps, scores = model.predict(images)
+    maps = {name: m[0, 0].float().cpu().numpy() for name, m in maps.items()}
+    return maps, {name: score.item() for name, score in scores.items()}
+
+
+def resize(values: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    """Map h×w -> the map of an image of `size` (W, H)."""
+    return Image.fromarray(values).resize(size, Image.Resampling.BILINEAR)
+
+
+def read_ahead(paths: list[Path], size: tuple[int, int]) -> Iterator[tuple]:
+    """(image, model's input) or a DataError for each path, decoded by a thread."""
+
+    def attempt(i: int) -> tuple | data.DataError:
+        try:
+            return read(paths[i], size)
+        except data.DataError as error:
+            return error
+
+    return in_threads(attempt, range(len(paths)), threads=1)
+
+
+def score_folder(place: Path, model: nn.Module, folder: Path, skip_bad: bool) -> None:
+    """Score the images below a folder, with overlays, into `place`. Decoding, scoring and overlays
+    have a thread each, and a few images are in memory at a time. Raises DataError for an image that
+    cannot be read; with `skip_bad` it is left out and listed."""
+    info, scale = model.training_info, (float(model.floor), model.threshold.item())
+    paths, rows, skipped, began = data.list_images(folder, recursive=True), [], [], time.time()
+    with report.new_overlays(place) as overlays, ThreadPoolExecutor(1) as pool:
+        decoded, pending = read_ahead(paths, model.image_size), []
+        for path, found in zip(tqdm(paths, "scoring", unit="image"), decoded):
+            name, odd = str(path.relative_to(folder)), []
+            if isinstance(found, data.DataError):
+                if not skip_bad:
+                    remedy = "or leave such files out with --skip-bad-images"
+                    raise data.DataError(f"{found}; {remedy}")
+                print(f"skipped: {found}", file=sys.stderr)
+                skipped.append([name, str(found)])
+                continue
+            image, images = found
+            maps, scores = predict(model, images)
+            if "appearance" in info:
+                odd = data.differences(data.appearance_of(image), info["appearance"])
+            anomalous = int(next(iter(scores.values())) > scale[1])
+            rows.append([name, *scores.values(), anomalous, ", ".join(odd)])
+            arguments = (overlays / f"{name}.png", image, maps, scores, scale)
+            pending.append(pool.submit(write_overlay, *arguments))
+            if len(pending) > 2:
+                pending.pop(0).result()
+        for writing in pending:
+            writing.result()
+        if not rows:
+            reason = f"none of its {len(skipped)} images can be read; the first: {skipped[0][1]}"
+            raise data.DataError(f"{folder}: {reason}")
+    speed = len(rows) / (time.time() - began)
+    for file in sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file()):
+        hidden = any(part[0] == "." for part in file.parts)
+        if not hidden and file.suffix.lower() not in data.SUFFIXES:
+            skipped.append([file, "a file of another kind"])
+    header = ["image", *report.scores_header(scores), "anomalous", "unlike_training"]
+    meaning = f"threshold {scale[1]:.4f}: {threshold_meaning(info.get('validation_images'))}"
+    report.write_scores(place, [header, *rows], skipped, meaning)
+    if "appearance" not in info:
+        print("how its training images looked is not in the model: unusual images are not marked")
+    print(f"{speed:.1f} images/s, {getattr(model, 'precision', 'fp32')}")
+
+
+def write_overlay(path: Path, image: Image.Image, maps: dict, scores: dict, scale: tuple) -> None:
+    write(path, report.overlay(image, None, maps, scores, scale))
