@@ -43,14 +43,24 @@ class Options:
     precision: str = option(
         "auto", "of --images: auto is the fastest but int8; else fp32", choices=PRECISIONS
     )
+    false_alarms: str | None = option(
+        None, "with --images: threshold for this share of normal images, such as 1%%", metavar="X%%"
+    )
     device: str | None = option(None, "cuda or cpu; default cuda if there is one")
 
     def __post_init__(self) -> None:
         self.device = str(pick_device(self.device))
         if self.images is not None and (self.data or self.tiff):
             raise OptionError("--images scores unlabelled images, without --data and --tiff")
-        if self.images is None and (self.skip_bad_images or self.out or self.precision != "auto"):
-            raise OptionError("--skip-bad-images, --out and --precision go with --images")
+        for name in ("skip_bad_images", "out", "false_alarms", "precision"):
+            if self.images is None and getattr(self, name) != getattr(Options, name):
+                raise OptionError(f"--{name.replace('_', '-')} goes with --images")
+        try:
+            text = self.false_alarms or "1%"
+            self.rate = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            raise OptionError(f"--false-alarms takes a share such as 1%, got {text}") from None
+        self.rate = self.rate if self.false_alarms else None
 
 
 def newest_run() -> Path:
@@ -161,7 +171,8 @@ def main(argv: list[str] | None = None) -> None:
             evaluate(place, model, options)
         else:
             model = fast_form(model, options.precision)
-            score_folder(place / "images", model, Path(options.images), options.skip_bad_images)
+            folder, skip_bad = Path(options.images), options.skip_bad_images
+            score_folder(place / "images", model, folder, skip_bad, options.rate)
 
 
 if __name__ == "__main__":

@@ -51,8 +51,8 @@ def calibrate_int8(model: EfficientAD, batches: Iterable[Tensor], a=0.9, b=0.995
         return
     info["maxima"] = int8.measure_maxima(model, batches)
     fast = FastEfficientAD(model, "int8", ())
-    fast.fit_normalization([fast.raw_maps(x) for x in batches], a, b)
-    info |= {"quantiles": fast.quantiles.tolist(), "threshold": fast.threshold.item()}
+    scores = fast.fit_normalization([fast.raw_maps(x) for x in batches], a, b)
+    info |= {"quantiles": fast.quantiles.tolist(), "scores": sorted(scores.tolist())}
 
 
 def cpu_has_bf16(device: torch.device) -> bool:
@@ -111,15 +111,16 @@ class FastEfficientAD(TiledEfficientAD):
         for network in networks[2:] if self.precision == "int8" else networks:
             network.to(dtype=self.dtype, memory_format=torch.channels_last)
 
-    def quantize(self, maxima: dict, quantiles: list | None = None, threshold: float = 0) -> None:
-        """Put int8 networks in the place of teacher and student, and their calibration."""
+    def quantize(self, maxima: dict, quantiles: list | None = None, scores: list = ()) -> None:
+        """Put int8 networks in the place of teacher and student; take their calibration."""
         for name, values in maxima.items():
             pdn = int8.Int8PDN(getattr(self, name), values, self.image_size, self.mean)
             setattr(self, name, pdn)
         self.autoencoder = int8.Centred(self.autoencoder, self.mean, self.dtype)
         if quantiles:
             self.quantiles.copy_(torch.tensor(quantiles))
-            self.threshold.fill_(threshold)
+            self.threshold.fill_(scores[-1])
+            self.training_info = {**self.training_info, "scores": scores}
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 N×3×H×W -> what the first convolutions take: minus 255 times the mean colour."""

@@ -61,6 +61,28 @@ def false_alarms(n: int) -> tuple[float, float]:
     return 1 / (n + 1), 1 - 0.05 ** (1 / n)
 
 
+def p_value(score: float, known: Sequence[float]) -> float:
+    """The probability that a normal image scores as high, judged by the `known` scores of n normal
+    images that were not trained on: (1 + the number of those at least as high)/(n + 1). It is valid
+    whatever the distribution: at most a share p of normal images of the same kind gets p or less.
+    """
+    return (1 + sum(k >= score for k in known)) / (len(known) + 1)
+
+
+def threshold_for(rate: float, known: Sequence[float]) -> float:
+    """The lowest threshold above which, in expectation, no more than a share `rate` of normal
+    images scores: those whose `p_value` is at most `rate`. Raises ValueError, with the number that
+    it takes, if there are too few `known` scores, and for a rate outside (0, 1)."""
+    if not 0 < rate < 1:
+        raise ValueError(f"a rate of false alarms is between 0 and 1, got {rate:g}")
+    allowed = int(rate * (len(known) + 1) + 1e-9)
+    if allowed < 1:
+        needed = int(np.ceil(1 / rate - 1e-9)) - 1
+        numbers = f"{needed} normal images held out of training, the model has {len(known)}"
+        raise ValueError(f"{100 * rate:g} % false alarms need {numbers}")
+    return sorted(known)[-allowed]
+
+
 def _labelled(normal: np.ndarray, anomalous: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     normal = np.asarray(normal, np.float64).ravel()
     anomalous = np.asarray(anomalous, np.float64).ravel()

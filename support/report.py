@@ -232,12 +232,14 @@ def write_results(folder: Path, results: dict, entries: list[dict], curves: dict
 
 def write_scores(folder: Path, rows: list[list], skipped: list[list], meaning: str) -> None:
     """Write and print the scores of unlabelled images. `rows`: scores.csv's, the header first; the
-    last columns are the verdict and the differences from the training images, in words. `skipped`:
-    (name, reason) of files that were left out. `meaning`: of the threshold."""
+    last columns are verdict, whether it is anomalous, and the differences from the training images,
+    in words. `skipped`: (name, reason) of files that were left out. `meaning`: of the threshold."""
     write(folder / "scores.csv", csv_text(rows))
     write(folder / "skipped.csv", csv_text([["image", "reason"], *skipped]))
     images = rows[1:]
     print(f"{sum(row[-2] for row in images)} of {len(images)} images above the {meaning}")
+    verdicts = [row[-3] for row in images]
+    print(", ".join(f"{verdicts.count(v)} {v}" for v in ("ok", "check", "reject")))
     unlike = [row for row in images if row[-1]]
     if unlike:
         what = "images are unlike the training images in size, colour or brightness"

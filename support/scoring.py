@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from efficientad import EfficientAD
+from efficientad import EfficientAD, ModelError
 from support import data, report
 from support.fast import optimize
+from support.metrics import p_value, threshold_for
 from support.runs import threshold_meaning, write
 from support.training import in_threads
 
@@ -68,11 +69,31 @@ def read_ahead(paths: list[Path], size: tuple[int, int]) -> Iterator[tuple]:
     return in_threads(attempt, range(len(paths)), threads=1)
 
 
-def score_folder(place: Path, model: nn.Module, folder: Path, skip_bad: bool) -> None:
+def verdict(score: float, threshold: float, p: float | None, odd: list[str]) -> str:
+    """What to do with an image: "reject" above the threshold, "check" what is unlike the training
+    images or has a p-value up to 0.1, else "ok"."""
+    if score > threshold:
+        return "reject"
+    return "check" if odd or (p is not None and p <= 0.1) else "ok"
+
+
+def score_folder(
+    place: Path, model: nn.Module, folder: Path, skip_bad: bool, rate: float | None = None
+) -> None:
     """Score the images below a folder, with overlays, into `place`. Decoding, scoring and overlays
-    have a thread each, and a few images are in memory at a time. Raises DataError for an image that
-    cannot be read; with `skip_bad` it is left out and listed."""
-    info, scale = model.training_info, (float(model.floor), model.threshold.item())
+    have a thread each, and a few images are in memory at a time. `rate`: of false alarms, for
+    another threshold than the model's. Raises DataError for an image that cannot be read; with
+    `skip_bad` it is left out and listed. Raises ModelError if the model cannot tell that rate."""
+    info, floor, threshold = model.training_info, float(model.floor), model.threshold.item()
+    known, meaning = info.get("scores", []), threshold_meaning(info.get("validation_images"))
+    if rate is not None:
+        try:
+            threshold = threshold_for(rate, known)
+        except ValueError as error:
+            raise ModelError(f"--false-alarms: {error}") from None
+        n = len(known)
+        meaning = f"expect at most {100 * rate:g} % false alarms, by {n} validation images"
+    scale = (floor, threshold)
     paths, rows, skipped, began = data.list_images(folder, recursive=True), [], [], time.time()
     with report.new_overlays(place) as overlays, ThreadPoolExecutor(1) as pool:
         decoded, pending = read_ahead(paths, model.image_size), []
@@ -89,8 +110,10 @@ def score_folder(place: Path, model: nn.Module, folder: Path, skip_bad: bool) ->
             maps, scores = predict(model, images)
             if "appearance" in info:
                 odd = data.differences(data.appearance_of(image), info["appearance"])
-            anomalous = int(next(iter(scores.values())) > scale[1])
-            rows.append([name, *scores.values(), anomalous, ", ".join(odd)])
+            score = next(iter(scores.values()))
+            p = p_value(score, known) if known else None
+            decision = [verdict(score, threshold, p, odd), int(score > threshold)]
+            rows.append([name, *scores.values(), p, *decision, ", ".join(odd)])
             arguments = (overlays / f"{name}.png", image, maps, scores, scale)
             pending.append(pool.submit(write_overlay, *arguments))
             if len(pending) > 2:
@@ -105,9 +128,9 @@ def score_folder(place: Path, model: nn.Module, folder: Path, skip_bad: bool) ->
         hidden = any(part[0] == "." for part in file.parts)
         if not hidden and file.suffix.lower() not in data.SUFFIXES:
             skipped.append([file, "a file of another kind"])
-    header = ["image", *report.scores_header(scores), "anomalous", "unlike_training"]
-    meaning = f"threshold {scale[1]:.4f}: {threshold_meaning(info.get('validation_images'))}"
-    report.write_scores(place, [header, *rows], skipped, meaning)
+    header = ["image", *report.scores_header(scores), "p_value", "verdict", "anomalous"]
+    meaning = f"threshold {threshold:.4f}: {meaning}"
+    report.write_scores(place, [[*header, "unlike_training"], *rows], skipped, meaning)
     if "appearance" not in info:
         print("how its training images looked is not in the model: unusual images are not marked")
     print(f"{speed:.1f} images/s, {getattr(model, 'precision', 'fp32')}")

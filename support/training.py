@@ -269,13 +269,13 @@ def fit_gaussian(model: EfficientAD, raw: list) -> None:
 def calibrate(model: EfficientAD, images: Sequence, normalization: str, a: float, b: float) -> None:
     """Map normalization and threshold from normal images held out of training (section 3.4), or
     with `normalization` "gaussian" by `fit_gaussian`; then the same for int8, on the CPU, where the
-    model is left."""
+    model is left. The images' scores are kept in its training_info."""
     batches = one_by_one(images, model.threshold.device, "calibration")
     if normalization == "gaussian":
         model.eval()
         fit_gaussian(model, [model.raw_maps(x) for x in batches])
     else:
-        model.calibrate(batches, a, b)
+        model.training_info["scores"] = sorted(model.calibrate(batches, a, b).tolist())
         calibrate_int8(model.cpu(), one_by_one(images, torch.device("cpu"), "int8"), a, b)
 
 

@@ -107,7 +107,7 @@ def test_folders_that_cannot_be_used(tmp_path, run_script, run):
         (("--images", ""), ("no images",)),
         (("--images", "run/model.pt"), ("model.pt", "is a file, not a folder")),
         (("--images", "a", "--tiff"), ("--images scores unlabelled images",)),
-        (("--out", "o"), ("--skip-bad-images and --out go with --images",)),
+        (("--out", "o"), ("--out goes with --images",)),
     ):
         assert_refused(run_script("evaluate.py", "--run", run, *CPU, *command), *words)
     assert files(run).keys() <= {"model.pt", ".lock"}

@@ -200,6 +200,33 @@ def test_score_a_folder(run, run_script, tmp_path):
     assert rows_of(tmp_path / "away/images/scores.csv") == rows
 
 
+def test_verdicts(model, run_script, tmp_path):
+    """A black image is unlike the training images; scores are compared with known ones."""
+    put(tmp_path / "in/a.png")
+    put(tmp_path / "in/black.png", Image.new("RGB", PHOTO.size))
+    checkpoint = model.checkpoint()
+    command = ("evaluate.py", "--run", tmp_path / "r", "--images", "in", *CPU)
+    (tmp_path / "r").mkdir()
+    for known, rate, expected, p in (
+        ([1e9] * 18 + [2e9], None, ["ok", "check"], 1),
+        ([-9.0] * 19, None, ["check", "check"], 0.05),
+        ([-9.0] * 19, "5%", ["reject", "reject"], 0.05),
+        ([-9.0] * 18 + [1e9], "0.1", ["reject", "reject"], 0.1),
+    ):
+        checkpoint["training"] = model.training_info | {"scores": known}
+        checkpoint["state"]["threshold"] = torch.tensor(1e9)
+        torch.save(checkpoint, tmp_path / "r/model.pt")
+        options = ("--false-alarms", rate) if rate else ()
+        status, out, err = run_script(*command, *options)
+        rows = rows_of(tmp_path / "r/images/scores.csv")
+        assert status == 0 and [row["verdict"] for row in rows] == expected, err
+        assert [float(row["p_value"]) for row in rows] == [p, p]
+        assert f"{expected.count('reject')} reject" in out
+    result = run_script(*command, "--false-alarms", "1%")
+    assert_refused(result, "1 % false alarms need 99 normal images", "the model has 19")
+    assert_refused(run_script(*command, "--false-alarms", "few"), "a share such as 1%, got few")
+
+
 def test_heat_colours():
     """An ordinary value is black, the threshold in the middle, whatever their signs."""
     image = Image.new("RGB", (20, 10))

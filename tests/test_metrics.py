@@ -36,6 +36,24 @@ def test_false_alarms_against_simulation():
         assert (shares < bound).mean() == pytest.approx(0.95, abs=0.01)
 
 
+def test_p_values_and_thresholds_by_hand_and_simulation():
+    known = [1.0, 2, 3, 4]
+    assert [metrics.p_value(x, known) for x in (5, 4, 2.5, 0)] == [0.2, 0.4, 0.6, 1]
+    assert metrics.threshold_for(0.2, known) == 4 and metrics.threshold_for(0.4, known) == 3
+    with pytest.raises(ValueError, match="1 % false alarms need 99 normal images.* has 4"):
+        metrics.threshold_for(0.01, known)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        metrics.threshold_for(1, known)
+    rng, alarms = np.random.default_rng(0), 0.0
+    for _ in range(4000):
+        scores = rng.random(39)
+        threshold = metrics.threshold_for(0.05, scores)
+        alarms += 1 - threshold
+        new = rng.random()
+        assert (new > threshold) == (metrics.p_value(new, scores) <= 0.05)
+    assert alarms / 4000 == pytest.approx(0.05, rel=0.05)
+
+
 def test_image_metrics_by_hand():
     scores = {"combined": np.array([1, 4, 2, 3, 5.0]), "local": np.array([1, 2, 3, 4, 5.0])}
     defects = ["good", "good", "a", "b", "b"]
