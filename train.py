@@ -12,7 +12,6 @@ equals an uninterrupted one. Several categories or seeds, and ablations: python 
 import copy
 import math
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -134,7 +133,6 @@ def make_step(model: EfficientAD, optimizers: list, options: Options, data: dict
 
 def train(options: Options) -> Path:
     """One run: the model of a category, in its run folder, which is returned."""
-    began = time.time() - time.process_time()  # imports took a while
     device, size, n = torch.device(options.device), tuple(options.image_size), options.batch_size
     training.prepare_torch(options.seed)
     check_free(options)
@@ -162,7 +160,7 @@ def train(options: Options) -> Path:
         options.steps = 10**6  # of the copy that measures
         trial = copy.deepcopy(model).train()
         take_step = make_step(trial, optimizers_of(trial, options), options, data)
-        end = began + 60 * options.minutes
+        end = training.process_start() + 60 * options.minutes
         options.steps = training.steps_until(end, take_step, model, normal.validation)
 
     optimizers = optimizers_of(model, options)

@@ -1,5 +1,7 @@
 """support/training.py: order of the batches, augmentation, the step over fixed buffers."""
 
+import subprocess
+import sys
 import time
 from functools import partial
 from itertools import pairwise
@@ -7,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO_SIZE
+from conftest import DEMO_SIZE, ROOT
 from PIL import Image, ImageEnhance
 from torch import nn
 
@@ -215,3 +217,12 @@ def test_a_captured_step_learns_what_an_eager_one_does(demo_images, trained):
         moved = [(q - p).norm() for p, q in zip(start, model.student.parameters())]
         norms.append(torch.stack([losses["hard"], *moved]))
     torch.testing.assert_close(*norms, rtol=1e-2, atol=1e-4)
+
+
+def test_when_the_process_began():
+    program = (
+        "import time; time.sleep(0.5); from support import training as t; print(t.process_start())"
+    )
+    before = time.time()
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True)
+    assert before - 0.05 < float(result.stdout) < before + 0.4, result.stderr
