@@ -79,18 +79,18 @@ class FastEfficientAD(TiledEfficientAD):
         self.precision = choose_precision(precision, device)
         small = self.precision == "int8"
         half = "bf16" if cpu_has_bf16(device) else "fp32"  # of the autoencoder beside int8
-        self.dtype, self.training_info = (
-            DTYPES.get(self.precision, DTYPES[half]),
-            model.training_info,
-        )
+        self.dtype = DTYPES.get(self.precision, DTYPES[half])
+        self.training_info = model.training_info
         self.load_state_dict(model.state_dict())
         self.to(device).eval().requires_grad_(False)
         self.fold()
         if not all(bool(p.isfinite().all()) for p in self.parameters()):
             raise ModelError(f"a weight is beyond {self.precision}: choose another precision")
         x = torch.zeros(1, 3, *self.image_size, dtype=self.dtype, device=device)
-        native = self.dtype == torch.float32 or DTYPES[half] == self.dtype
-        if device.type == "cpu" and torch.backends.mkldnn.is_available() and native:
+        native = (
+            self.dtype in (torch.float32, DTYPES[half]) and torch.backends.mkldnn.is_available()
+        )
+        if device.type == "cpu" and native and not use_kernels(x):
             for network in (self.autoencoder, *(() if small else (self.teacher, self.student))):
                 fuse_relu(network, x)
         if small:
@@ -214,10 +214,7 @@ class BatchGraphs:
     of `batch_sizes` is one graph launch behind an asynchronous copy of the images."""
 
     def __init__(self, forward: Callable, image_size, device: torch.device, batch_sizes: Sequence):
-        self.forward, self.graphs = (
-            forward,
-            {},
-        )  # by batch size: images' buffer, graph that reads it
+        self.forward, self.graphs = forward, {}  # by batch size: images' buffer, its graph
         benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
         for n in batch_sizes if device.type == "cuda" else ():
             buffer = torch.zeros(n, 3, *image_size, dtype=torch.uint8, device=device)
