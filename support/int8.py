@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from efficientad import PDN, EfficientAD
 
 HEADROOM = 1.25
-EQUALIZATION = 0.5  # the exponent of (a channel's maximum / the layer's), its factor's inverse
+EQUALIZATION = 0.25  # the exponent of (a channel's maximum / the layer's), its factor's inverse
 
 
 class Int8Conv(nn.Module):
