@@ -90,7 +90,7 @@ def score_folder(
         try:
             threshold = threshold_for(rate, known)
         except ValueError as error:
-            raise ModelError(f"--false-alarms: {error}") from None
+            raise ModelError(f"--false-alarms: {error}; choose a higher share") from None
         n = len(known)
         meaning = f"expect at most {100 * rate:g} % false alarms, by {n} validation images"
     scale = (floor, threshold)
