@@ -1,5 +1,6 @@
 """tools.benchmark, tiny; docs/speed.md shows the committed figures. No times are tested."""
 
+import csv
 import json
 import sys
 from functools import partial
@@ -73,6 +74,11 @@ def test_accuracy(run, own, run_script):
     assert figures["test images"] == 9 and "- test images: 9" in out
     assert 0 < figures["mean map error"] <= figures["largest map error"] < 0.05
     assert figures["pairs in another order"] <= figures["pairs of images"] == 36
+    assert run_script("evaluate.py", "--run", own, "--device", "cpu")[0] == 0
+    rows = csv.DictReader((own / "scores.csv").read_text().splitlines())
+    scores = [(row["defect"] != "good", float(row["score"])) for row in rows]
+    pairs = [a < b for bad_a, a in scores for bad_b, b in scores if bad_b > bad_a]
+    assert figures["image AU-ROC, eager fp32"] == pytest.approx(sum(pairs) / len(pairs))
 
 
 def test_refusals(run_script, tmp_path, monkeypatch):
