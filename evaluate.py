@@ -9,6 +9,7 @@ mask and each map) and, with --tiff, anomaly_maps/ as the official evaluation sc
 and MVTec LOCO read them. A folder of runs: python -m tools.sweep --evaluate DIR.
 """
 
+import argparse
 import shlex
 import tempfile
 from dataclasses import dataclass
@@ -30,6 +31,17 @@ from support.scoring import fast_form, predict, read, resize, score_folder
 from support.tiling import TiledEfficientAD
 
 
+def share(text: str) -> float:
+    """A share such as 1% or 0.01, of an option."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"takes a share such as 1%, got {text}")
+    return value
+
+
 @dataclass
 class Options:
     """Evaluate a trained model on test images, or score a folder of images."""
@@ -43,8 +55,11 @@ class Options:
     precision: str = option(
         "auto", "of --images: auto is the fastest but int8; else fp32", choices=PRECISIONS
     )
-    false_alarms: str | None = option(
-        None, "with --images: threshold for this share of normal images, such as 1%%", metavar="X%%"
+    false_alarms: float | None = option(
+        None,
+        "with --images: threshold for this share of normal images, such as 1%%",
+        type=share,
+        metavar="X%%",
     )
     device: str | None = option(None, "cuda or cpu; default cuda if there is one")
 
@@ -55,12 +70,6 @@ class Options:
         for name in ("skip_bad_images", "out", "false_alarms", "precision"):
             if self.images is None and getattr(self, name) != getattr(Options, name):
                 raise OptionError(f"--{name.replace('_', '-')} goes with --images")
-        try:
-            text = self.false_alarms or "1%"
-            self.rate = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-        except ValueError:
-            raise OptionError(f"--false-alarms takes a share such as 1%, got {text}") from None
-        self.rate = self.rate if self.false_alarms else None
 
 
 def newest_run() -> Path:
@@ -172,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             model = fast_form(model, options.precision)
             folder, skip_bad = Path(options.images), options.skip_bad_images
-            score_folder(place / "images", model, folder, skip_bad, options.rate)
+            score_folder(place / "images", model, folder, skip_bad, options.false_alarms)
 
 
 if __name__ == "__main__":

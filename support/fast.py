@@ -44,9 +44,9 @@ def calibrate_int8(model: EfficientAD, batches: Iterable[Tensor], a=0.9, b=0.995
     """What int8 needs, from normal images held out of training, uint8 N×3×H×W, into the model's
     training_info: ranges of the activations, and quantiles and threshold measured in int8, whose
     noise lifts the maps. Does nothing where int8 cannot run, or for images beyond TILE."""
-    batches = list(batches)
     model.training_info["int8"] = info = {}
-    if int8.problem(model) or any(model.oversized(x) for x in batches):
+    batches = [] if int8.problem(model) else list(batches)
+    if not batches or any(model.oversized(x) for x in batches):
         del model.training_info["int8"]
         return
     info["maxima"] = int8.measure_maxima(model, batches)

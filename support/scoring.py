@@ -27,6 +27,8 @@ def fast_form(model: nn.Module, precision: str) -> nn.Module:
     if precision == "fp32":
         return model
     if not isinstance(model, EfficientAD):
+        if precision == "int8":
+            print("note: int8 is for EfficientAD; auto instead", file=sys.stderr)
         return model.optimize("auto" if precision == "int8" else precision)
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
@@ -70,9 +72,9 @@ def read_ahead(paths: list[Path], size: tuple[int, int]) -> Iterator[tuple]:
 
 
 def verdict(score: float, threshold: float, p: float | None, odd: list[str]) -> str:
-    """What to do with an image: "reject" above the threshold, "check" what is unlike the training
-    images or has a p-value up to 0.1, else "ok"."""
-    if score > threshold:
+    """What to do with an image: "reject" above the threshold (or NaN), "check" what is unlike the
+    training images or has a p-value up to 0.1, else "ok"."""
+    if not score <= threshold:
         return "reject"
     return "check" if odd or (p is not None and p <= 0.1) else "ok"
 
@@ -112,8 +114,9 @@ def score_folder(
                 odd = data.differences(data.appearance_of(image), info["appearance"])
             score = next(iter(scores.values()))
             p = p_value(score, known) if known else None
-            decision = [verdict(score, threshold, p, odd), int(score > threshold)]
-            rows.append([name, *scores.values(), p, *decision, ", ".join(odd)])
+            decision = verdict(score, threshold, p, odd)
+            anomalous = int(decision == "reject")
+            rows.append([name, *scores.values(), p, decision, anomalous, ", ".join(odd)])
             arguments = (overlays / f"{name}.png", image, maps, scores, scale)
             pending.append(pool.submit(write_overlay, *arguments))
             if len(pending) > 2:

@@ -227,6 +227,10 @@ def test_verdicts(model, run_script, tmp_path):
     assert_refused(run_script(*command, "--false-alarms", "few"), "a share such as 1%, got few")
 
 
+def test_nan_is_never_called_normal():
+    assert scoring.verdict(float("nan"), 0.1, 0.05, []) == "reject"
+
+
 def test_heat_colours():
     """An ordinary value is black, the threshold in the middle, whatever their signs."""
     image = Image.new("RGB", (20, 10))
