@@ -208,7 +208,8 @@ def test_losses_are_the_papers_and_the_fast_ones_are_the_same(size):
     x, y, z = (model.normalize(images) for images in (i, j, p))
     s, s_ae, a = model.student(x)[:, :384], model.student(y)[:, 384:], model.autoencoder(y)
     d = (model.teacher_features(x) - s).square()
-    assert losses["hard"].item() == pytest.approx(d[d >= d.quantile(0.99)].mean().item(), rel=1e-6)
+    expected = d[d >= d.quantile(0.99)].mean().item()
+    assert losses["hard"].item() == pytest.approx(expected, rel=2e-4)  # in fp32: one element less
     expected = (a - model.teacher_features(y)).square().mean().item()
     assert losses["autoencoder"].item() == pytest.approx(expected, rel=1e-6)
     expected = (a - s_ae).square().mean().item()
