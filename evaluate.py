@@ -3,13 +3,13 @@
     python evaluate.py                               # the newest run
     python evaluate.py --run runs/bottle-small --tiff
     python evaluate.py --run runs/bottle-small --images new_photos
+    python evaluate.py --run runs/bottle-small --accept good_photos  # recalibrates in seconds
 
 Writes into the run folder: report.html, results.json, results.md, scores.csv, overlays/ (input,
 mask and each map) and, with --tiff, anomaly_maps/ as the official evaluation scripts of MVTec AD
 and MVTec LOCO read them. A folder of runs: python -m tools.sweep --evaluate DIR.
 """
 
-import argparse
 import shlex
 import tempfile
 from dataclasses import dataclass
@@ -23,23 +23,17 @@ from tqdm import tqdm
 from baselines.simplenet import SimpleNet
 from efficientad import ModelError
 from support import data, metrics, report
+from support.appearance import appearance_of, drift
 from support.checkpoints import load_model
 from support.fast import PRECISIONS
-from support.options import OptionError, option, parse_options, pick_device
+from support.options import OptionError, option, parse_options, pick_device, share
+from support.recalibration import recalibrate
 from support.runs import fingerprint, lock, remove_leftovers, run_command, write
 from support.scoring import fast_form, predict, read, resize, score_folder
 from support.tiling import TiledEfficientAD
 
-
-def share(text: str) -> float:
-    """A share such as 1% or 0.01, of an option."""
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"takes a share such as 1%, got {text}")
-    return value
+GOES_WITH = {"data": [""], "tiff": [""], "skip_bad_images": ["images", "accept"], "yes": ["accept"]}
+GOES_WITH |= dict.fromkeys(["out", "false_alarms", "precision"], ["images"])
 
 
 @dataclass
@@ -51,7 +45,7 @@ class Options:
     images: str | None = option(None, "score the images in DIR instead", metavar="DIR")
     out: str | None = option(None, "with --images: folder of the results", metavar="DIR")
     tiff: bool = option(False, "also write anomaly maps of the images' size, float32")
-    skip_bad_images: bool = option(False, "with --images: leave out and list unreadable files")
+    skip_bad_images: bool = option(False, "leave out and list unreadable files of --images")
     precision: str = option(
         "auto", "of --images: auto is the fastest but int8; else fp32", choices=PRECISIONS
     )
@@ -61,15 +55,21 @@ class Options:
         type=share,
         metavar="X%%",
     )
+    accept: str | None = option(
+        None, "recalibrate on the confirmed-good images in DIR", metavar="DIR"
+    )
+    yes: bool = option(False, "with --accept: also on images that look like defects")
     device: str | None = option(None, "cuda or cpu; default cuda if there is one")
 
     def __post_init__(self) -> None:
         self.device = str(pick_device(self.device))
-        if self.images is not None and (self.data or self.tiff):
-            raise OptionError("--images scores unlabelled images, without --data and --tiff")
-        for name in ("skip_bad_images", "out", "false_alarms", "precision"):
-            if self.images is None and getattr(self, name) != getattr(Options, name):
-                raise OptionError(f"--{name.replace('_', '-')} goes with --images")
+        mode = "images" if self.images is not None else "accept" if self.accept is not None else ""
+        if mode == "images" and self.accept is not None:
+            raise OptionError("--images and --accept: give one of them")
+        for name, modes in GOES_WITH.items():
+            if mode not in modes and getattr(self, name) != getattr(Options, name):
+                where = "with --" + " or --".join(modes) if "" not in modes else f"without --{mode}"
+                raise OptionError(f"--{name.replace('_', '-')} goes {where}")
 
 
 def newest_run() -> Path:
@@ -117,6 +117,7 @@ def evaluate(run: Path, model: nn.Module, options: Options) -> dict:
     # Predict: maps and scores of each test image. Full-size maps are too large to keep: their own
     # size is, in a file.
     entries, sizes, localization = [], [], metrics.Localization(saturated=loco)
+    looks = []  # of good images
     with report.new_overlays(folder) as overlays, tempfile.TemporaryFile(dir=overlays) as kept:
         for sample in tqdm(category.test, "evaluating", unit="image"):
             image, images = read(sample.path, model.image_size)
@@ -124,6 +125,7 @@ def evaluate(run: Path, model: nn.Module, options: Options) -> dict:
             name, size = f"{sample.defect}/{sample.path.stem}", image.size[::-1]
             own, mask = next(iter(maps.values())), sample.mask(size)
             full_map = resize(own, image.size)
+            looks += [appearance_of(image)] if sample.defect == "good" else []
             if options.tiff:
                 write(folder / "anomaly_maps" / category.name / "test" / f"{name}.tiff", full_map)
             truth = category.regions(sample, size) if loco else mask
@@ -161,6 +163,7 @@ def evaluate(run: Path, model: nn.Module, options: Options) -> dict:
     promise = {"expected_false_alarms": expected, "upper_bound_95": bound}
     results |= {"training": training, "floor": scale[0], "own_data": folder == run}
     results["calibration"] = {"validation_images": n, **promise}
+    results["drift"] = drift(looks, info.get("appearance", {}))
     report.write_results(folder, results, entries, curves)
     return results
 
@@ -176,7 +179,9 @@ def main(argv: list[str] | None = None) -> None:
     place.mkdir(parents=True, exist_ok=True)
     with lock(place / ".lock"):
         remove_leftovers(place)
-        if options.images is None:
+        if options.accept is not None:
+            recalibrate(run, model, Path(options.accept), options.yes, options.skip_bad_images)
+        elif options.images is None:
             evaluate(place, model, options)
         else:
             model = fast_form(model, options.precision)

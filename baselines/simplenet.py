@@ -329,7 +329,8 @@ def train(options: Options) -> Path:
         run.record(step, take_step({"features": next(batches)}), options.lr)
 
     # Threshold and floor from the validation images.
-    model.calibrate(one_by_one(normal.validation, device, "calibration"))
+    scores = model.calibrate(one_by_one(normal.validation, device, "calibration"))
+    model.training_info["scores"] = sorted(scores.tolist())
     return run.finish(model)
 
 

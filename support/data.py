@@ -8,12 +8,12 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageChops, ImageOps, ImageStat, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+from support.appearance import appearance_of, appearance_range
 from support.demo import make_demo
 
 warnings.filterwarnings("ignore", module=r"PIL\b")  # `_open_image` says what matters
@@ -171,50 +171,6 @@ class PhotographCrops:
         x, y = rng.uniform(0, image.width - side), rng.uniform(0, image.height - side)
         box = (x, y, x + side, y + side)
         return to_array(image.resize(self.size[::-1], Image.Resampling.BILINEAR, box), self.size)
-
-
-class Appearance(NamedTuple):
-    """What is compared of an image with the training images."""
-
-    width: int
-    height: int
-    gray: bool  # all channels are equal, whatever the file's mode is
-    brightness: float  # mean luma, 0 to 255
-
-
-def appearance_of(image: Image.Image) -> Appearance:
-    """RGB image -> its appearance."""
-    red, *others = image.split()
-    gray = not any(ImageChops.difference(red, other).getbbox() for other in others)
-    return Appearance(*image.size, gray, ImageStat.Stat(image.convert("L")).mean[0])
-
-
-def appearance_range(appearances: list[Appearance]) -> dict:
-    """Appearances of the training images -> their range, to be kept with the model: {"width",
-    "height", "aspect", "brightness": [least, greatest], "gray": share of gray images}. Raises
-    ValueError without an image."""
-    widths, heights, gray, brightness = zip(*appearances)
-    aspects = [width / height for width, height in zip(widths, heights)]
-    values = {"width": widths, "height": heights, "aspect": aspects, "brightness": brightness}
-    return {k: [min(v), max(v)] for k, v in values.items()} | {"gray": sum(gray) / len(gray)}
-
-
-def differences(appearance: Appearance, training_range: dict) -> list[str]:
-    """How an image differs from the training images, in words: size or aspect outside their range;
-    gray among coloured ones, or coloured among gray ones; darker or brighter than all by more than
-    a quarter of their range and by more than 5 of 255. (By chance a new image lies a little outside
-    the range of n others, with probability 2/(n + 1).) Empty if it does not differ."""
-    width, height, gray, brightness = appearance
-    found, (least, greatest) = [], training_range["brightness"]
-    sizes = {"width": width, "height": height, "aspect": width / height}.items()
-    if not all(training_range[k][0] <= value <= training_range[k][1] for k, value in sizes):
-        found.append(f"size {width}×{height}")
-    if training_range["gray"] == (0 if gray else 1):
-        found.append("gray" if gray else "coloured")
-    margin = max(5, (greatest - least) / 4)
-    if not least - margin <= brightness <= greatest + margin:
-        found.append(f"{'darker' if brightness < least else 'brighter'}: {brightness:.0f}")
-    return found
 
 
 @dataclass(frozen=True)
@@ -409,7 +365,7 @@ class NormalImages:
     training: Images
     validation: Images
     skipped: list[str]  # why images were left out: training images first
-    appearance: dict  # `appearance_range` of all
+    appearance: dict  # `appearance_range` of all, and "trained_on": training images' fingerprints
 
 
 def load_normal_images(data: str, size: Size, seed: int, skip_bad: bool) -> NormalImages:
@@ -424,5 +380,7 @@ def load_normal_images(data: str, size: Size, seed: int, skip_bad: bool) -> Norm
     skipped = [*training.errors.values(), *validation.errors.values()]
     for error in skipped:
         print(f"skipped: {error}", file=sys.stderr)
-    appearances = [*training.appearances.values(), *validation.appearances.values()]
-    return NormalImages(category, training, validation, skipped, appearance_range(appearances))
+    trained_on, held_out = (list(images.appearances.values()) for images in (training, validation))
+    appearance = appearance_range(trained_on + held_out)
+    appearance["trained_on"] = sorted(a.fingerprint for a in trained_on)
+    return NormalImages(category, training, validation, skipped, appearance)

@@ -145,6 +145,17 @@ def refuse_several_runs(argv: list[str], model: str) -> None:
         raise DataError("torchrun shares several runs (torchrun -m tools.sweep); this is one run")
 
 
+def share(text: str) -> float:
+    """A share such as 1% or 0.01, of an option."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"takes a share such as 1%, got {text}")
+    return value
+
+
 def pick_device(name: str | None = None) -> torch.device:
     """The device of this name; by default the GPU if there is one, else the CPU. Raises ModelError
     if torch cannot use it."""

@@ -40,12 +40,17 @@ def label(training: dict) -> str:
 
 
 def explanation(results: dict) -> str:
-    """What the threshold means, and what the model was trained on if it is another set."""
+    """What the threshold means and how it fared, and what the model was trained on if it is another
+    set."""
     training, n = results["training"], results["calibration"]["validation_images"]
     text = f"threshold {results['threshold']:.4f}: {threshold_meaning(n)}"
     if not results["own_data"]:
         origin = f"{training['category']} ({training['data']})"
         text = f"trained on {origin}, for whose images the threshold is meant; {text}"
+    observed, images = 100 * results["false_alarms"], results["good_images"]
+    text += f"; observed {observed:.2g} % on {images} good test images"
+    if results["drift"]:
+        text += f", which are {results['drift']} than the training images"
     return text
 
 

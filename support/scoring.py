@@ -15,10 +15,13 @@ from tqdm import tqdm
 
 from efficientad import EfficientAD, ModelError
 from support import data, report
+from support.appearance import appearance_of, differences, drift
 from support.fast import optimize
 from support.metrics import p_value, threshold_for
 from support.runs import threshold_meaning, write
 from support.training import in_threads
+
+REMEDY = "the threshold is not for them; recalibrate with --accept DIR, or train anew"
 
 
 def fast_form(model: nn.Module, precision: str) -> nn.Module:
@@ -97,6 +100,7 @@ def score_folder(
         meaning = f"expect at most {100 * rate:g} % false alarms, by {n} validation images"
     scale = (floor, threshold)
     paths, rows, skipped, began = data.list_images(folder, recursive=True), [], [], time.time()
+    looks, known_looks = [], info.get("appearance")
     with report.new_overlays(place) as overlays, ThreadPoolExecutor(1) as pool:
         decoded, pending = read_ahead(paths, model.image_size), []
         for path, found in zip(tqdm(paths, "scoring", unit="image"), decoded):
@@ -110,8 +114,9 @@ def score_folder(
                 continue
             image, images = found
             maps, scores = predict(model, images)
-            if "appearance" in info:
-                odd = data.differences(data.appearance_of(image), info["appearance"])
+            if known_looks:
+                looks.append(appearance_of(image))
+                odd = differences(looks[-1], known_looks)
             score = next(iter(scores.values()))
             p = p_value(score, known) if known else None
             decision = verdict(score, threshold, p, odd)
@@ -134,8 +139,10 @@ def score_folder(
     header = ["image", *report.scores_header(scores), "p_value", "verdict", "anomalous"]
     meaning = f"threshold {threshold:.4f}: {meaning}"
     report.write_scores(place, [[*header, "unlike_training"], *rows], skipped, meaning)
-    if "appearance" not in info:
+    if not known_looks:
         print("how its training images looked is not in the model: unusual images are not marked")
+    elif change := drift(looks, known_looks):
+        print(f"{change} than the training images: {REMEDY}")
     print(f"{speed:.1f} images/s, {getattr(model, 'precision', 'fp32')}")
 
 

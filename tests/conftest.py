@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from efficientad import EfficientAD  # noqa: E402
 from support import data, demo  # noqa: E402
+from support.appearance import appearance_of, appearance_range  # noqa: E402
 from support.checkpoints import load_teacher  # noqa: E402
 from support.optimizers import make_adam  # noqa: E402
 from support.tiling import TiledEfficientAD  # noqa: E402
@@ -58,7 +59,7 @@ def model():
     model = EfficientAD(image_size=(128, 128))
     model.fit_teacher_statistics([torch.rand(2, 3, 128, 128)])
     model.calibrate([torch.rand(2, 3, 128, 128)])
-    appearance = data.appearance_range([data.appearance_of(PHOTO)])
+    appearance = appearance_range([appearance_of(PHOTO)])
     model.training_info = {"validation_images": 2, "appearance": appearance}
     return model
 

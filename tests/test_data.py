@@ -9,6 +9,7 @@ from conftest import put
 from PIL import Image
 
 from support import data, demo
+from support.appearance import Appearance, appearance_of, appearance_range, differences, drift
 from support.data import DataError, Images, open_category, read_image, to_array
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -102,10 +103,13 @@ def test_normal_images_are_loaded_once_without_bad_ones(tmp_path, capsys):
 
 
 def test_differences_from_the_training_images():
-    seen = data.appearance_range([(100, 80, False, 100.0), (120, 80, False, 140.0)])
+    first = Appearance(100, 80, False, 100.0, 50.0, 9.0)
+    seen = appearance_range([first, Appearance(120, 80, False, 140.0, 50.0, 11.0)])
     sizes = {"width": [100, 120], "height": [80, 80], "aspect": [1.25, 1.5]}
-    assert seen == sizes | {"brightness": [100, 140], "gray": 0}
-    gray, both = (data.appearance_range([(9, 9, True, 0.0), (9, 9, g, 0.0)]) for g in (True, False))
+    looks = {"brightness": [120, 20], "contrast": [50, 0], "tint": [10, 1]}
+    assert seen == sizes | {"brightness": [100, 140], "gray": 0, "looks": looks}
+    black = Appearance(9, 9, True, 0.0)
+    gray, both = (appearance_range([black, black._replace(gray=g)]) for g in (True, False))
     for appearance, known, expected in (
         ((110, 80, False, 91), seen, []),  # within a quarter of the range
         ((110, 80, False, 89), seen, ["darker: 89"]),
@@ -113,8 +117,35 @@ def test_differences_from_the_training_images():
         ((9, 9, False, 5), gray, ["coloured"]),
         ((9, 9, True, 0), both, []),
     ):
-        assert data.differences(data.Appearance(*appearance), known) == expected
-    assert data.appearance_of(Image.new("RGB", (3, 2), (255, 0, 0))) == (3, 2, False, 76.0)
+        assert differences(Appearance(*appearance), known) == expected
+    image = Image.new("RGB", (3, 2), (255, 0, 0))
+    assert appearance_of(image)[:6] == (3, 2, False, 76.0, 0.0, 255.0)
+    other = image.copy()
+    other.putpixel((0, 0), (254, 0, 0))
+    assert appearance_of(image).fingerprint != appearance_of(other).fingerprint
+
+
+def test_drift_of_a_set():
+    """A deviation or more, and three standard errors: of four images, 1.5 deviations."""
+    known = {"looks": {"brightness": [120, 20], "contrast": [50, 0], "tint": [10, 1]}}
+    both = "darker by 3.0 standard deviations (brightness 60.0 instead of 120.0) and redder by 2.0"
+    for n, brightness, tint, expected in (
+        (9, 141, 10, "brighter by 1.1 standard deviations (brightness 141.0 instead of 120.0)"),
+        (9, 139, 10, ""),
+        (4, 149, 10, ""),
+        (
+            4,
+            151,
+            8,
+            "brighter by 1.6 standard deviations (brightness 151.0 instead of 120.0) and bluer",
+        ),
+        (9, 60, 12, both),
+    ):
+        images = [Appearance(9, 9, False, brightness, 50.2, tint)] * n
+        images[0] = images[0]._replace(brightness=0)  # one alone means little
+        found = drift(images, known)
+        assert found.startswith(expected) and bool(found) == bool(expected)
+    assert drift(images, {}) == ""  # of earlier versions
 
 
 def contents(category):

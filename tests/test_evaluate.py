@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PHOTO, ROOT, assert_refused, put
+from conftest import PHOTO, ROOT, assert_refused, files, put
 from PIL import Image
 
 import evaluate
 from efficientad import EfficientAD
 from support import report, scoring
-from support.data import Category, Sample, read_image, to_array
+from support.appearance import appearance_of
+from support.data import Category, Sample, list_images, read_image, to_array
 
 CPU = ("--device", "cpu")
 
@@ -225,6 +226,46 @@ def test_verdicts(model, run_script, tmp_path):
     result = run_script(*command, "--false-alarms", "1%")
     assert_refused(result, "1 % false alarms need 99 normal images", "the model has 19")
     assert_refused(run_script(*command, "--false-alarms", "few"), "a share such as 1%, got few")
+
+
+def test_recalibration_on_accepted_images(own, run_script, tmp_path, monkeypatch):
+    """Good images become ok, the former model is kept; images of training and defects are refused,
+    the latter unless confirmed."""
+    model = EfficientAD.load(own / "model.pt")
+    model.threshold.fill_(-9.0)
+    model.training_info |= {"scores": [-9.2, -9.0], "p_hard": 0.99}
+    model.training_info["appearance"]["trained_on"] = [appearance_of(PHOTO).fingerprint]
+    model.save(own / "model.pt")
+    former = (own / "model.pt").read_bytes()
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        put(tmp_path / f"good/{i}.png", Image.fromarray(rng.integers(0, 99, (40, 50, 3), np.uint8)))
+    command = ("evaluate.py", "--run", own, *CPU, "--accept", "good")
+    assert_refused(run_script(*command), "0.png (", "like a defect", "--yes")
+    assert files(own) == {"model.pt": former, ".lock": b""}
+    status, out, err = run_script(*command, "--yes")
+    assert status == 0 and out.count("reject -> ok") == 4, err
+    assert "4 of 4 verdicts change" in out and "expect 20 % false alarms" in out
+    assert (own / "model-1.pt").read_bytes() == former
+
+    new = evaluate.load_run(own, "cpu")
+    info = new.training_info
+    scores = [
+        new(torch.from_numpy(to_array(read_image(p), (128, 128)))[None])[1].item()
+        for p in list_images(tmp_path / "good")
+    ]
+    assert info["scores"] == pytest.approx(sorted(scores)) and info["p_hard"] == 0.99
+    assert new.threshold.item() == max(info["scores"]) and info["validation_images"] == 4
+    assert info["appearance"]["width"] == [50, 50]
+    status, out, err = run_script(*command)  # once more: nothing is far above, nothing changes
+    assert status == 0 and "0 of 4 verdicts change" in out and (own / "model-2.pt").exists(), err
+    put(tmp_path / "good/known.png")
+    before = files(own)
+    assert_refused(run_script(*command, "--yes"), "known.png: the model was trained on it")
+    put(tmp_path / "good/known.png", b"no image")
+    assert_refused(run_script(*command), "known.png: not an image", "--skip-bad-images")
+    assert files(own) == before
+    assert run_script(*command, "--skip-bad-images")[0] == 0
 
 
 def test_nan_is_never_called_normal():

@@ -1,0 +1,75 @@
+"""Recalibration of a trained model on images that a person has confirmed as good."""
+
+import statistics
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from efficientad import EfficientAD
+from support import data
+from support.appearance import appearance_range, differences
+from support.checkpoints import write_checkpoint
+from support.metrics import p_value
+from support.runs import threshold_meaning, write
+from support.scoring import predict, verdict
+from support.training import calibrate, one_by_one
+
+
+def verdicts(model: nn.Module, images: data.Images) -> list[tuple[float, str]]:
+    """Score and verdict of each image, as `score_folder` gives them."""
+    info, found = model.training_info, []
+    known, looks = info.get("scores", []), info.get("appearance")
+    for i in range(len(images)):
+        score = next(iter(predict(model, torch.from_numpy(images[i])[None])[1].values()))
+        odd = differences(images.appearances[i], looks) if looks else []
+        p = p_value(score, known) if known else None
+        found.append((score, verdict(score, model.threshold.item(), p, odd)))
+    return found
+
+
+def recalibrate(run: Path, model: nn.Module, folder: Path, confirmed: bool, skip_bad: bool) -> None:
+    """Set quantiles, threshold and p-values of the run's model anew from the good images below a
+    folder, all that calibration then rests on, and print whose verdict changes. The former model
+    stays in the run as model-1.pt, model-2.pt, … Raises DataError for a training image among them,
+    whose score says nothing about new ones, and, unless `confirmed`, for one that looks like a
+    defect: as far above the highest known score as that is above the median, or farther."""
+    images = data.Images(data.list_images(folder, recursive=True), model.image_size)
+    images.skip_bad = skip_bad
+    images.check(tqdm(range(len(images)), "decoding", unit="image"))
+    info, looks = model.training_info, list(images.appearances.values())
+    trained_on = set(info.get("appearance", {}).get("trained_on", []))
+    for path, look in zip(images.paths, looks):
+        if look.fingerprint in trained_on:
+            remedy = "the model was trained on it, so its score is too low: take such images out"
+            raise data.DataError(f"{path}: {remedy}")
+    before = verdicts(model, images)
+    highest, known = model.threshold.item(), info.get("scores", [])
+    if known and not confirmed:
+        limit = 2 * highest - statistics.median(known)
+        odd = [f"{path} ({s:.3f})" for path, (s, _) in zip(images.paths, before) if not s <= limit]
+        if odd:
+            problem = f"above every known score by far (threshold {highest:.3f}), like a defect"
+            remedy = "take defects out, or confirm with --yes"
+            raise data.DataError(f"{', '.join(odd)}: {problem}; {remedy}")
+    number = 1 + len(list(run.glob("model-*.pt")))
+    write(run / f"model-{number}.pt", (run / "model.pt").read_bytes())
+    if isinstance(model, EfficientAD):
+        how = info.get("map_normalization", "quantile"), info.get("a", 0.9), info.get("b", 0.995)
+        calibrate(model, images, *how)
+    else:
+        batches = one_by_one(images, model.threshold.device, "calibration")
+        info["scores"] = sorted(model.calibrate(batches).tolist())
+    kept = {"trained_on": sorted(trained_on)}
+    info |= {"validation_images": len(images), "accepted": str(folder.resolve())}
+    info["appearance"] = appearance_range(looks) | kept
+    write_checkpoint(model.cpu().checkpoint(), run / "model.pt")
+    after, changed = verdicts(model, images), 0
+    for path, (_, old), (_, new) in zip(images.paths, before, after):
+        if old != new:
+            changed += 1
+            print(f"{path.relative_to(folder)}: {old} -> {new}")
+    print(f"{changed} of {len(images)} verdicts change")
+    print(f"threshold {model.threshold:.4f}: {threshold_meaning(len(images))}")
+    print(f"wrote {run / 'model.pt'}; the former one is model-{number}.pt")
