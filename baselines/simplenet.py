@@ -32,7 +32,8 @@ from support.backbone import (
 )
 from support.checkpoints import all_finite, is_url, load_model, write_checkpoint
 from support.data import is_demo, load_normal_images
-from support.fast import DTYPES, BatchGraphs, choose_precision
+from support.fast import DTYPES, choose_precision
+from support.graphs import BatchGraphs
 from support.optimizers import make_adam
 from support.options import OptionError, RunOptions, option, parse_options, refuse_several_runs
 from support.runs import Run, check_free, run_command

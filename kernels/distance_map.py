@@ -15,12 +15,13 @@ from torch import Tensor
 
 from .runtime import check_tensors, jit, operator, tl, triton
 
-# A program takes BLOCK_W positions of a row and goes through the channels in steps of BLOCK_C; the
-# longer side is contiguous in memory. 16 positions give 224 programs for a 56² map, more than the
-# 132 multiprocessors of an H200. An unrolled loop over the channels would spill (channels first).
+# A program takes BLOCK_P positions, of whatever rows, and goes through the channels in steps of
+# BLOCK_C; the longer side is contiguous in memory. 16 positions give 196 programs for a 56² map,
+# more than the 132 multiprocessors of an H200. An unrolled loop over the channels would spill
+# (channels first).
 CONFIGS = {
-    "channels last": {"BLOCK_W": 16, "BLOCK_C": 128, "num_warps": 4},
-    "channels first": {"BLOCK_W": 64, "BLOCK_C": 32, "num_warps": 4},
+    "channels last": {"BLOCK_P": 16, "BLOCK_C": 128, "num_warps": 4},
+    "channels first": {"BLOCK_P": 32, "BLOCK_C": 32, "num_warps": 4},
 }
 
 
@@ -38,20 +39,20 @@ def combined_map_reference(teacher, student, autoencoder, quantiles):
 
 
 @jit
-def distance(a, b, H, W, C: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr):
+def distance(a, b, position, sizes, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """Channel mean of (a − b)² at the program's positions; a and b are pairs (pointer, strides)."""
-    n, h = tl.program_id(0) // H, tl.program_id(0) % H
-    w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    count, H, W = sizes
+    n, y, x = position // (H * W), position // W % H, position % W
     a_ptr, a_stride = a
     b_ptr, b_stride = b
-    a_ptr += n.to(tl.int64) * a_stride[0] + h * a_stride[2]
-    b_ptr += n.to(tl.int64) * b_stride[0] + h * b_stride[2]
-    total = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
+    a_ptr += (n.to(tl.int64) * a_stride[0] + y * a_stride[2] + x * a_stride[3])[:, None]
+    b_ptr += (n.to(tl.int64) * b_stride[0] + y * b_stride[2] + x * b_stride[3])[:, None]
+    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)[None, :]
-        mask = (c < C) & (w[:, None] < W)
-        a_value = tl.load(a_ptr + c * a_stride[1] + w[:, None] * a_stride[3], mask=mask, other=0)
-        b_value = tl.load(b_ptr + c * b_stride[1] + w[:, None] * b_stride[3], mask=mask, other=0)
+        mask = (c < C) & (position[:, None] < count)
+        a_value = tl.load(a_ptr + c * a_stride[1], mask=mask, other=0)
+        b_value = tl.load(b_ptr + c * b_stride[1], mask=mask, other=0)
         difference = a_value.to(tl.float32) - b_value.to(tl.float32)
         total += difference * difference
     return tl.sum(total, 1) / C
@@ -59,27 +60,27 @@ def distance(a, b, H, W, C: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.con
 
 @jit
 def distance_map_kernel(
-    a, b, out_ptr, H, W, C: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr
+    a, b, out_ptr, sizes, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    d = distance(a, b, H, W, C, BLOCK_W, BLOCK_C)
-    w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-    tl.store(out_ptr + tl.program_id(0) * W + w, d, mask=w < W)
+    position = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    d = distance(a, b, position, sizes, C, BLOCK_P, BLOCK_C)
+    tl.store(out_ptr + position, d, mask=position < sizes[0])
 
 
 @jit
 def combined_map_kernel(
-    t, s, a, q_ptr, out_ptr, H, W, C: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr
+    t, s, a, q_ptr, out_ptr, sizes, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     """t, s and a are teacher, student and autoencoder, each (pointer, strides)."""
-    local_map = distance(t, s, H, W, C, BLOCK_W, BLOCK_C)
+    position = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    local_map = distance(t, s, position, sizes, C, BLOCK_P, BLOCK_C)
     student_ae = (s[0] + C * s[1][1], s[1])
-    global_map = distance(a, student_ae, H, W, C, BLOCK_W, BLOCK_C)
+    global_map = distance(a, student_ae, position, sizes, C, BLOCK_P, BLOCK_C)
     q_a, q_b = tl.load(q_ptr), tl.load(q_ptr + 1)
     local_map = 0.1 * (local_map - q_a) / (q_b - q_a)
     q_a, q_b = tl.load(q_ptr + 2), tl.load(q_ptr + 3)
     global_map = 0.1 * (global_map - q_a) / (q_b - q_a)
-    w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-    tl.store(out_ptr + tl.program_id(0) * W + w, 0.5 * (local_map + global_map), mask=w < W)
+    tl.store(out_ptr + position, 0.5 * (local_map + global_map), mask=position < sizes[0])
 
 
 def launch(kernel, features, *others):
@@ -87,7 +88,8 @@ def launch(kernel, features, *others):
     config = CONFIGS["channels last" if features[0].stride(1) == 1 else "channels first"]
     pairs = [(x, x.stride()) for x in features]
     out = features[0].new_empty(n, 1, h, w, dtype=torch.float32)
-    kernel[n * h, triton.cdiv(w, config["BLOCK_W"])](*pairs, *others, out, h, w, c, **config)
+    grid = (triton.cdiv(n * h * w, config["BLOCK_P"]),)
+    kernel[grid](*pairs, *others, out, (n * h * w, h, w), c, **config)
     return out
 
 

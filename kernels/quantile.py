@@ -94,20 +94,32 @@ def count_kernel(
             tl.store(own + BINS + 1, rank)
         wanted = wanted + (digits.to(tl.uint32),)
 
-    bins = tl.arange(0, BINS)
+    # Counts stay in registers until the end: atomics in the loop would make it wait for memory.
+    sums = ()
+    for target in tl.static_range(1 if FIRST else TARGETS):
+        sums = sums + (tl.zeros((BINS,), tl.int32),)
+    nans = tl.zeros((BLOCK,), tl.int32)
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0) * BLOCK):
         inside = tl.arange(0, BLOCK) < n - start
         x = tl.load(x_ptr + start + tl.arange(0, BLOCK), mask=inside, other=0)
         key = ordered_key(x)
         digit = ((key >> SHIFT) & ((1 << WIDTH) - 1)).to(tl.int32)
-        if FIRST:
-            tl.atomic_add(nan_row, tl.sum((x != x).to(tl.int64)))
-            counts = tl.histogram(digit, BINS, mask=inside)  # the same for every target
-        for target in tl.static_range(TARGETS):
-            if not FIRST:
+        new = ()
+        if FIRST:  # the same for every target
+            nans += (x != x).to(tl.int32)
+            new = (sums[0] + tl.histogram(digit, BINS, mask=inside),)
+        else:
+            for target in tl.static_range(TARGETS):
                 match = ((key ^ wanted[target]) >> PREVIOUS) == 0
-                counts = tl.histogram(digit, BINS, mask=match & inside)
-            tl.atomic_add(row + target * (BINS + 2) + bins, counts.to(tl.int64), mask=counts > 0)
+                new = new + (sums[target] + tl.histogram(digit, BINS, mask=match & inside),)
+        sums = new
+
+    if FIRST:
+        tl.atomic_add(nan_row, tl.sum(nans).to(tl.int64), sem="relaxed")
+    for target in tl.static_range(TARGETS):
+        counts, place = sums[0 if FIRST else target], row + target * (BINS + 2)
+        place += tl.arange(0, BINS)
+        tl.atomic_add(place, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
 
 
 @jit

@@ -3,12 +3,14 @@
 import os
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 try:
     import triton
     import triton.language as tl
     from triton import jit
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # macOS, Windows
     triton = None
 
@@ -26,6 +28,13 @@ def runs_on(*tensors: Tensor) -> bool:
     """Whether Triton kernels can read these tensors: on a GPU, not in float64."""
     there = triton is not None and all(t.is_cuda or INTERPRETED for t in tensors)
     return there and all(t.dtype != torch.float64 for t in tensors)
+
+
+def has_tma(device: torch.device) -> bool:
+    """Whether the GPU copies boxes of a matrix by itself: since Hopper (sm_90)."""
+    if triton is None or INTERPRETED:
+        return INTERPRETED
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def operator(name: str, reference):
@@ -63,3 +72,17 @@ def storage_order(x: Tensor) -> Tensor:
     """x if its elements fill its storage without gaps in some order, else a contiguous copy."""
     channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return x if channels_last else x.contiguous()
+
+
+def descriptor(x: Tensor, shape: list[int], strides: list[int], box: list[int]):
+    """What the TMA needs to copy boxes of a matrix that begins where x does."""
+    return TensorDescriptor(x, shape, strides, box)
+
+
+def split_convolution(x: Tensor, weight: Tensor, bias: Tensor, padding: int, split: int) -> Tensor:
+    """Convolution; with `split` the first `split` output channels read the first C channels of x,
+    N×2·C×H×W, the others the C behind them. weight O×C×k×k."""
+    if not split:
+        return F.conv2d(x, weight, bias, padding=padding)
+    parts = zip(x.split(weight.shape[1], 1), (slice(split), slice(split, None)))
+    return torch.cat([F.conv2d(x, weight[o], bias[o], padding=padding) for x, o in parts], 1)

@@ -1,14 +1,16 @@
-"""The fast form of a trained EfficientAD, and CUDA graphs for it and for the training step."""
+"""The fast form of a trained EfficientAD."""
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efficientad import EfficientAD, ModelError, use_kernels
-from support import int8
+from support import fast_gpu, int8
+from support.graphs import BatchGraphs, beside, side_stream
 from support.tiling import TiledEfficientAD
 
 FOR_INFERENCE = "the fast form is for inference: train, calibrate and save its model"
@@ -68,9 +70,10 @@ class FastEfficientAD(TiledEfficientAD):
     Weights are in half precision, channels last. Scaling to ImageNet's statistics lies in the first
     convolutions; the mean colour is still subtracted from the image, because zero padding has to
     mean it. The teacher's mean and standard deviation lie in its last convolution. On a GPU a batch
-    of one of `batch_sizes` is one CUDA graph launch behind an asynchronous copy of the images. On a
-    CPU oneDNN applies ReLU within the convolutions, and the images of a batch go one by one: 16 at
-    once took 10 to 14 % longer (AMD EPYC, M and S).
+    of one of `batch_sizes` is one CUDA graph launch, the autoencoder runs beside the others, and
+    `choice` says which layers kernels compute, see fast_gpu.py. On a CPU oneDNN applies ReLU within
+    the convolutions, and the images of a batch go one by one: 16 at once took 10 to 14 % longer
+    (AMD EPYC, M and S).
     """
 
     def __init__(self, model: EfficientAD, precision: str, batch_sizes: Sequence[int]):
@@ -83,19 +86,30 @@ class FastEfficientAD(TiledEfficientAD):
         self.training_info = model.training_info
         self.load_state_dict(model.state_dict())
         self.to(device).eval().requires_grad_(False)
+        self.pair, self.choice, self.side = None, "", side_stream(device)
+        self.paired = fast_gpu.serves(device, self.dtype)
         self.fold()
         if not all(bool(p.isfinite().all()) for p in self.parameters()):
             raise ModelError(f"a weight is beyond {self.precision}: choose another precision")
-        x = torch.zeros(1, 3, *self.image_size, dtype=self.dtype, device=device)
-        native = (
-            self.dtype in (torch.float32, DTYPES[half]) and torch.backends.mkldnn.is_available()
-        )
-        if device.type == "cpu" and native and not use_kernels(x):
-            for network in (self.autoencoder, *(() if small else (self.teacher, self.student))):
-                fuse_relu(network, x)
+        if self.paired:
+            fast_gpu.fuse_relu(self.autoencoder)
+            self.pair = fast_gpu.Pair(self.teacher, self.student)
+            shape = ((*batch_sizes, 1)[0], 3, *self.image_size)
+            images = torch.randint(256, shape, dtype=torch.uint8, device=device)
+            self.choice = self.pair.choose(self.normalize(images))
+        elif device.type == "cpu":
+            self.fuse_relu(() if small else (self.teacher, self.student), DTYPES[half])
         if small:
             self.quantize(**model.training_info["int8"])
         self.passes = BatchGraphs(self.forward_pass, self.image_size, device, batch_sizes)
+
+    def fuse_relu(self, pdns: Sequence[nn.Module], half: torch.dtype) -> None:
+        """Let oneDNN apply the ReLUs of autoencoder and `pdns`, where it computes in their type."""
+        x = torch.zeros(1, 3, *self.image_size, dtype=self.dtype)
+        native = self.dtype in (torch.float32, half) and torch.backends.mkldnn.is_available()
+        if native and not use_kernels(x):
+            for network in (self.autoencoder, *pdns):
+                fuse_relu(network, x)
 
     def fold(self) -> None:
         """Multiply the constants of normalization into the weights, and convert these."""
@@ -105,6 +119,8 @@ class FastEfficientAD(TiledEfficientAD):
         networks, last = (self.teacher, self.student, self.autoencoder), self.teacher[-1]
         for first in {network[0] for network in networks}:  # teacher and student may share theirs
             first.weight /= 255 * self.std
+            if self.paired:
+                fast_gpu.four_channels(first)
         self.mean *= 255
         last.weight /= self.teacher_std.view(-1, 1, 1, 1)
         last.bias.sub_(self.teacher_mean.flatten()).div_(self.teacher_std.flatten())
@@ -127,13 +143,25 @@ class FastEfficientAD(TiledEfficientAD):
         if images.dtype != torch.uint8:
             raise TypeError(f"the fast form takes uint8 images (0–255), got {images.dtype}")
         self.check_shape(images)
-        images = images.to(self.mean.device, non_blocking=True)
+        images = images.to(self.mean.device)
+        if self.paired:
+            padded = F.pad(images - self.mean, (0, 0, 0, 0, 0, 1))
+            return padded.to(self.dtype, memory_format=torch.channels_last)
         if self.precision == "int8":  # the networks subtract the mean
             return images.contiguous(memory_format=torch.channels_last)
         return (images - self.mean).to(self.dtype, memory_format=torch.channels_last)
 
     def teacher_features(self, x: Tensor, *stem: Tensor) -> Tensor:
         return self.teacher(x, *stem)  # normalized by its last convolution
+
+    def pdn_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().pdn_features(x) if self.pair is None else self.pair(x)
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.normalize(images)
+        pdns, autoencoder = partial(self.pdn_features, x), partial(self.autoencoder, x)
+        (teacher, student), autoencoder = beside(pdns, autoencoder, self.side)
+        return teacher, student, autoencoder
 
     def forward_pass(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images -> combined map and score; one resize serves both maps."""
@@ -162,76 +190,6 @@ class FastEfficientAD(TiledEfficientAD):
 
     def checkpoint(self) -> None:
         raise TypeError(FOR_INFERENCE)
-
-
-class Graphed:
-    """A function of no arguments as one CUDA graph; the tensors that it reads and writes must stay
-    where they are. The first calls are ordinary ones on a side stream, as torch wants before a
-    capture. From then on a call launches all kernels at once, and its result lies in the same
-    tensors each time. If the capture fails, a warning says so and calls stay ordinary. On another
-    device every call is ordinary."""
-
-    WARM_UP = 3
-
-    def __init__(self, function: Callable, device: torch.device):
-        self.function, self.device, self.calls = function, device, 0
-        self.graph, self.result = None, None
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def __call__(self):
-        if self.stream is None:
-            return self.function()
-        with torch.cuda.device(self.device):
-            self.calls += 1
-            if self.calls <= self.WARM_UP:
-                self.stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(self.stream):
-                    result = self.function()
-                torch.cuda.current_stream().wait_stream(self.stream)
-                return result
-            if self.graph is None:
-                self.capture()
-            if self.graph is None:
-                return self.function()
-            self.graph.replay()
-            return self.result
-
-    def capture(self) -> None:
-        """Record the graph; it computes nothing yet."""
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, stream=self.stream):
-                self.result = self.function()
-        except RuntimeError as error:
-            warnings.warn(f"no CUDA graph, each kernel is launched by itself: {error}")
-            self.stream = None
-            return
-        self.graph = graph
-
-
-class BatchGraphs:
-    """A model's forward pass, uint8 N×3×H×W on any device -> (map, score). On a GPU a batch of one
-    of `batch_sizes` is one graph launch behind an asynchronous copy of the images."""
-
-    def __init__(self, forward: Callable, image_size, device: torch.device, batch_sizes: Sequence):
-        self.forward, self.graphs = forward, {}  # by batch size: images' buffer, its graph
-        benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
-        for n in batch_sizes if device.type == "cuda" else ():
-            buffer = torch.zeros(n, 3, *image_size, dtype=torch.uint8, device=device)
-            self.graphs[n] = buffer, Graphed(partial(forward, buffer), device)
-            for _ in range(Graphed.WARM_UP + 1):
-                self.graphs[n][1]()
-        torch.backends.cudnn.benchmark = benchmark
-
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        buffer, graph = self.graphs.get(len(images), (None, None))
-        if graph is None or images.dtype != buffer.dtype or images.shape != buffer.shape:
-            return self.forward(images)
-        buffer.copy_(
-            images if images.is_cuda else images.contiguous().pin_memory(), non_blocking=True
-        )
-        m, score = graph()
-        return m.clone(), score.clone()  # the next call overwrites the graph's own
 
 
 class ConvReLU(nn.Module):

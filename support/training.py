@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,8 @@ from efficientad import (
     student_autoencoder_loss,
 )
 from support.data import Images, PhotographCrops, list_images
-from support.fast import Graphed, calibrate_int8
+from support.fast import calibrate_int8
+from support.graphs import Graphed, beside, side_stream
 
 KEPT_BYTES = 2 * 2**30  # on the device, each: decoded training images, teacher outputs for them
 
@@ -136,19 +137,27 @@ def fast_losses(
     output for I, N×384×h×w, if it is known."""
     i, j, p = images
     n, x = len(i), torch.cat([model.normalize(i), model.normalize(j)])
-    if teacher is None:
-        teacher, teacher_j = model.teacher_features(x).split(n)
-    else:
-        teacher_j = model.teacher_features(x[n:])
-    autoencoder_j = model.autoencoder(x[n:])
-    if p is not None:
-        x = torch.cat([x, model.normalize(p)])
-    hidden, last = model.student.hidden(model.student.stem(x)), model.student[-1]
-    (weight, weight_ae), (bias, bias_ae) = last.weight.split(CHANNELS), last.bias.split(CHANNELS)
-    student_j = F.conv2d(hidden[n : 2 * n], weight_ae, bias_ae)  # S'(J)
-    student = F.conv2d(torch.cat([hidden[:n], hidden[2 * n :]]), weight, bias)  # S(I), S(P)
+
+    def pdns() -> tuple[Tensor, ...]:
+        """T(I) and T(J), S'(J), S(I) and S(P)."""
+        if teacher is None:
+            teacher_i, teacher_j = model.teacher_features(x).split(n)
+        else:
+            teacher_i, teacher_j = teacher, model.teacher_features(x[n:])
+        both = x if p is None else torch.cat([x, model.normalize(p)])
+        hidden, last = model.student.hidden(model.student.stem(both)), model.student[-1]
+        (weight, weight_ae), (bias, bias_ae) = (
+            last.weight.split(CHANNELS),
+            last.bias.split(CHANNELS),
+        )
+        student_j = F.conv2d(hidden[n : 2 * n], weight_ae, bias_ae)
+        student = F.conv2d(torch.cat([hidden[:n], hidden[2 * n :]]), weight, bias)
+        return teacher_i, teacher_j, student_j, student
+
+    features, autoencoder_j = beside(pdns, partial(model.autoencoder, x[n:]), side_stream(x.device))
+    teacher_i, teacher_j, student_j, student = features
     losses = {
-        "hard": hard_feature_loss(teacher, student[:n], p_hard),
+        "hard": hard_feature_loss(teacher_i, student[:n], p_hard),
         "autoencoder": autoencoder_loss(teacher_j, autoencoder_j),
         "student_autoencoder": student_autoencoder_loss(autoencoder_j, student_j),
     }
@@ -163,9 +172,9 @@ def short_losses(
     """`EfficientAD.losses` with J in place of I: one pass of the student less. A stem that teacher
     and student share is computed once."""
     x = model.normalize(j)
-    teacher, student = model.pdn_features(x)
+    pdns, autoencoder = partial(model.pdn_features, x), partial(model.autoencoder, x)
+    (teacher, student), autoencoder = beside(pdns, autoencoder, side_stream(x.device))
     student, student_ae = student.split(CHANNELS, 1)
-    autoencoder = model.autoencoder(x)
     losses = {
         "hard": hard_feature_loss(teacher, student, p_hard),
         "autoencoder": autoencoder_loss(teacher, autoencoder),

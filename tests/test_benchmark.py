@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_refused
+from conftest import ROOT, assert_refused, put
 
-from tools import benchmark
+from support.data import DataError
+from tools import benchmark, first_gpu
 from tools.benchmark_rows import FP32, ROWS, kernel_cases
 from tools.benchmark_tables import section
 
@@ -56,7 +57,49 @@ def test_kernels_section_on_a_cpu(monkeypatch):
         torch.testing.assert_close(kernel(*arguments), plain(*arguments), msg=name)
     scope = benchmark.Scope(batches=(1,), side=64)
     rows = benchmark.kernels_section(scope, cpu)["kernels"]
-    assert len(rows) == 8 and all(row["ms"] > 0 and row["% of ceiling"] > 0 for row in rows)
+    assert len(rows) == 14 and all(row["ms"] > 0 and row["% of ceiling"] > 0 for row in rows)
+
+
+def test_first_gpu(tmp_path, monkeypatch, capsys):
+    """Parts in order of worth; one that fails leaves the others, time ends in the middle of one,
+    and the figures find their places. Stand-ins for what a GPU measures."""
+    seen = []
+
+    def inference(scope, device):
+        seen.append((*scope.models, *scope.batches))
+        if scope.models == ("EfficientAD-M",):
+            while True:  # a compiler
+                pass
+        return {"inference": [{"row": "ours", "ms": float(scope.batches[0])}]}
+
+    def kernels(scope, device):
+        if scope.batches == (16,):
+            raise RuntimeError("no kernel image\nis available")
+        return {"copy, GB/s": 3000.0, "kernels": [{"kernel": "quantile", "ms": 0.25}]}
+
+    sections = {"inference": inference, "kernels": kernels, "training": None}
+    monkeypatch.setattr(benchmark, "SECTIONS", sections)
+    monkeypatch.setattr(first_gpu, "correctness", lambda device: {"tests on the GPU": "3 passed"})
+    options = f"--first-gpu --minutes 0.02 --device cpu --json {tmp_path / 'gpu.json'}"
+    benchmark.main(options.split())
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert seen == [(m, b) for m in ("EfficientAD-S", "EfficientAD-M") for b in (1, 16)][:3]
+    assert results["tests on the GPU"] == "3 passed" and results["command"].endswith("gpu.json")
+    assert results["kernels, batch 16"] == "RuntimeError: no kernel image"
+    assert results["EfficientAD-M, batch 1"] == "cut short" and len(results["inference"]) == 2
+    assert "| ours |" in capsys.readouterr().out
+
+    for name in ("README.md", "docs/speed.md"):
+        put(tmp_path / name, (ROOT / name).read_bytes())
+    for _ in range(2):  # again, with the next figures
+        first_gpu.put_in_place(tmp_path / "gpu.json", tmp_path)
+        page = (tmp_path / "docs/speed.md").read_text(encoding="utf-8")
+        assert page.count("| quantile | 0.250 |") == 1 and "## Not measured" in page
+        readme = (tmp_path / "README.md").read_text(encoding="utf-8")
+        assert readme.count(f"Speed is measured on {results['device']}") == 1
+    put(tmp_path / "gpu.json", b"[]")
+    with pytest.raises(DataError, match="--readme takes a file"):
+        first_gpu.put_in_place(tmp_path / "gpu.json", tmp_path)
 
 
 def test_rows_take_turns():

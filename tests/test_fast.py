@@ -9,8 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import efficientad
 import support.tiling
 from efficientad import EfficientAD, ModelError
+from support import fast_gpu
 from support.checkpoints import load_model
-from support.fast import Graphed, cpu_has_bf16, optimize
+from support.fast import cpu_has_bf16, optimize
+from support.graphs import Graphed
 from support.int8 import Int8Conv
 from support.tiling import TiledEfficientAD
 from support.training import calibrate
@@ -52,6 +54,68 @@ def test_fast_form_computes_the_same(size, padding, shared_stem, steps, demo_ima
     assert rms_ratio(anomaly_map, expected) < 0.05 and half.threshold == model.threshold
     differ = (scores[:, None] - scores) > 0.05 * scores.std()
     assert bool((score[:, None] > score)[differ].all()) and (differ.any() or not steps)
+
+
+@pytest.mark.parametrize(
+    "size, padding, shared_stem",
+    [
+        ("small", False, False),
+        ("small", False, True),
+        ("small", True, False),
+        ("medium", False, True),
+    ],
+)
+def test_the_gpus_form_computes_the_same(size, padding, shared_stem, monkeypatch):
+    """Teacher and student in one launch a layer, by kernels, without, and by some of both. On a CPU
+    the kernels compute their references."""
+    monkeypatch.setattr(fast_gpu, "serves", lambda device, dtype: True)
+    monkeypatch.setattr(fast_gpu, "has_tma", lambda device: True)
+    torch.manual_seed(0)
+    model = EfficientAD(size=size, padding=padding, shared_stem=shared_stem, image_size=DEMO_SIZE)
+    model.teacher_std.uniform_(0.01, 0.02)
+    model.eval()
+    x = torch.randint(256, (1, 3, 128, 128), dtype=torch.uint8)
+    fast = optimize(model, "bf16")
+    assert fast.choice == "no kernels"
+    with torch.inference_mode():
+        expected = [y.float() for y in model.features(x)]
+        layers = [layer.kernel and layer.kernel.__name__ for layer in fast.pair.layers]
+        pools, rows = ["relu_pool", "rows_pool"], ["rows", "rows"]
+        if padding:
+            assert layers == ["relu_pool", "relu_pool", None, "rows"]
+        else:  # the last layer of M has no common width
+            assert layers == pools + (["rows", *rows, None] if size == "medium" else rows)
+        for some in (0, 1, 2, 3):
+            chosen = [bool(i % 2) if some > 1 else bool(some) for i in range(len(layers))]
+            chosen = [c != (some == 3) and k is not None for c, k in zip(chosen, layers)]
+            fast.pair.with_kernels = chosen
+            for y, plain in zip(fast.features(x), expected, strict=True):
+                assert rms_ratio(y.float(), plain) < 0.03, chosen
+
+
+def test_the_gpus_form_takes_what_is_faster(monkeypatch):
+    """Each layer's kernel against cuDNN, and the mixture against either alone."""
+    monkeypatch.setattr(fast_gpu, "serves", lambda device, dtype: True)
+    monkeypatch.setattr(fast_gpu, "has_tma", lambda device: True)
+    pair = optimize(EfficientAD(image_size=DEMO_SIZE).eval(), "bf16", ()).pair
+    monkeypatch.setattr(fast_gpu, "use_kernels", lambda *tensors: True)
+    x = torch.zeros(1, 4, 128, 128, dtype=torch.bfloat16)
+
+    def choose(*times: float) -> tuple[list[bool], str]:
+        clock = iter(times)
+        choice = pair.choose(x, lambda function, device: next(clock))
+        assert next(clock, None) is None
+        return pair.with_kernels, choice
+
+    layers = (1, 2, 1, 2, 2, 1, 3, float("inf"))  # kernel, cuDNN of each
+    for totals, expected in (((5, 6, 7), [1, 1, 0, 1]), ((5, 4, 7), [1] * 4), ((5, 6, 4), [0] * 4)):
+        chosen, words = choose(*layers, *totals)
+        assert chosen == [bool(e) for e in expected]
+        assert f"{min(totals):.3f} ms, cuDNN alone {totals[2]:.3f}" in words
+    monkeypatch.setenv("EFFICIENTAD_KERNELS", "1")
+    assert choose()[0] == [True] * 4
+    monkeypatch.setattr(fast_gpu, "use_kernels", lambda *tensors: False)
+    assert choose() == ([False] * 4, "no kernels")
 
 
 def test_fast_form_leaves_the_model_alone_and_refuses_what_it_cannot_do(demo_images, trained):

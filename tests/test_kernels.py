@@ -46,7 +46,14 @@ def test_on_the_gpu():
     run_checks(TRITON_INTERPRET="0")
 
 
-def launch_everything():
+def pair(dtype: torch.dtype, c: int, side: int, o: int, size: int) -> tuple[torch.Tensor, ...]:
+    """Features of teacher and student, weight and bias of both."""
+    shapes = (1, 2 * c, side, side), (2 * o, c, size, size)
+    x, weight = (torch.empty(s, dtype=dtype, memory_format=LAST) for s in shapes)
+    return x, weight, weight[:, 0, 0, 0].contiguous()
+
+
+def launch_everything(tma: bool):
     """Each kernel with each configuration, dtype and shape that the models at 256² have: S and M,
     with and without padding."""
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
@@ -56,6 +63,13 @@ def launch_everything():
             weight = torch.empty(o, c, 4, 4, dtype=dtype, memory_format=LAST)
             for padding in (0, 1):
                 kernels.conv_relu_pool(x, weight, weight[:, 0, 0, 0], 3 * padding, padding)
+            if c > 3:  # teacher and student in one launch
+                kernels.conv_relu_pool(*pair(dtype, c, 126, o, 4), 0, 0, o)
+    for dtype in dtypes[:2] if tma else ():
+        for c, o in ((128, 256), (256, 512)):
+            kernels.conv_rows_pool(*pair(dtype, c, 126, o, 4), o)
+            kernels.conv_rows(*pair(dtype, 2 * c, 61, o, 3), o, True)
+            kernels.conv_rows(*pair(dtype, 2 * c, 59, 576, 4), 384)
     for layout in (LAST, torch.contiguous_format):
         for dtype in dtypes:
             sizes = ((1, 768, 56, 56), (1, 384, 56, 56), (1, 384, 56, 56))
@@ -71,11 +85,33 @@ def launch_everything():
         kernels.hard_feature_loss(torch.empty(1, 384, 56, 56), student).backward()
 
 
+def check_machine_code(name: str, sass: str, programs: int, capability: int) -> None:
+    """What the kernels' files claim of it. `programs`: that a multiprocessor holds at once."""
+    half = "HMMA" in sass or "HGMMA" in sass  # float32 is for checking
+    if "conv" in name and half:
+        assert "SHFL" not in sass, f"{name}: pooling moves data between threads"
+        # of 4 bytes they would be misaligned where rows begin at 2: only a GPU would tell
+        copies = set(re.findall(r"LDGSTS\S*", sass))
+        assert copies <= {"LDGSTS.E.BYPASS.128"}, copies
+    if name == "conv_relu_pool_kernel" and half:
+        assert "LDGSTS" in sass or "LDG.E.64" in sass  # stage 1: a pixel at once
+        assert programs >= 2
+    if "conv_rows" in name:
+        operands = re.findall(r"HGMMA\S* R\d+, (\S+)\[", sass)
+        assert operands and set(operands) == {"gdesc"}, operands  # both in shared memory
+        assert len(operands) == len(re.findall("HGMMA", sass)) and "UTMALDG.2D" in sass
+    if name == "count_kernel":
+        assert "MEMBAR" not in sass and "ATOMG" not in sass  # nothing waits for global memory
+        assert programs >= (3 if capability == 90 else 2)  # as PROGRAMS wants
+    if name in ("distance_map_kernel", "combined_map_kernel") and "LDG.E.128" in sass:
+        assert programs >= 4  # channels last
+
+
 @pytest.mark.parametrize("capability, shared_kib", [(80, 163), (89, 99), (90, 227)])
 def test_shipped_configurations_compile(capability, shared_kib, monkeypatch, tmp_path):
     """A launch only compiles, with the arguments' real types, alignments and block sizes. No
-    register is spilled to memory, and a program's shared memory is within the limit; both are read
-    from the machine code."""
+    register is spilled to memory, a program's shared memory is within the limit, and the machine
+    code is as the kernels' files say."""
     triton = pytest.importorskip("triton", reason="no Triton for this platform")
     from triton.backends.compiler import GPUTarget  # not at the top: Triton may be missing
     from triton.runtime.jit import JITFunction
@@ -95,19 +131,30 @@ def test_shipped_configurations_compile(capability, shared_kib, monkeypatch, tmp
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     monkeypatch.setattr(JITFunction, "run", compile_only)
     monkeypatch.setattr(sys.modules["kernels.runtime"], "runs_on", lambda *tensors: True)
-    launch_everything()
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    launch_everything(tma=capability >= 90)
+    tools, file = Path(triton.__file__).parent / "backends/nvidia/bin", tmp_path / "kernel.cubin"
+
+    def output(tool: str, option: str) -> str:
+        command = [tools / tool, option, file]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
     for binary, (name, kernel) in binaries.items():
-        (tmp_path / "kernel.cubin").write_bytes(binary)
-        command = [cuobjdump, "--dump-resource-usage", tmp_path / "kernel.cubin"]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        file.write_bytes(binary)
+        usage = output("cuobjdump", "--dump-resource-usage")
         numbers = {what: int(n) for what, n in re.findall(r"\b([A-Z]+):(\d+)", usage)}
+        shared = numbers["SHARED"] + kernel.metadata.shared
         assert numbers["STACK"] == numbers["LOCAL"] == 0, (name, usage)
-        assert numbers["SHARED"] + kernel.metadata.shared <= shared_kib * 1024, (name, usage)
+        assert shared <= shared_kib * 1024, (name, usage)
         # the interpreter's maximum keeps NaN whatever the kernel says
-        assert name != "conv_relu_pool_kernel" or "max.NaN.f32" in kernel.asm["ptx"]
+        if "conv" in name and "max." in kernel.asm["ptx"]:
+            assert "max.NaN.f32" in kernel.asm["ptx"]
+        sass = output("nvdisasm", "-c")
+        threads, registers = 32 * kernel.metadata.num_warps, -(-numbers["REG"] // 8) * 8
+        programs = min(2**16 // (threads * registers), shared_kib * 1024 // max(1, shared))
+        check_machine_code(name, sass, programs, capability)
     all_kernels = {name for module in MODULES for name in vars(module) if name.endswith("_kernel")}
-    assert {name for name, _ in binaries.values()} == all_kernels
+    expected = {name for name in all_kernels if capability >= 90 or "conv_rows" not in name}
+    assert {name for name, _ in binaries.values()} == expected
     assert len(binaries) >= 50
 
 

@@ -5,6 +5,7 @@
     python -m tools.benchmark --sections kernels   # on a GPU
     python -m tools.benchmark --accuracy runs/bottle-small
     python -m tools.benchmark --json x.json        # then --show x.json: x.svg too
+    python -m tools.benchmark --first-gpu --minutes 9 --json gpu.json  # then --readme gpu.json
 
 A pass is what the paper times: the image is copied in, the map is copied out. The rows take turns,
 a pass each, so that whatever slows the machine slows all of them. As in the paper the last half of
@@ -49,6 +50,7 @@ from support.runs import run_command, write
 from support.training import one_by_one, prepare_torch
 from tools.benchmark_rows import FP32, HALF, ROWS, fast_form, kernel_cases, our_step, plain_step
 from tools.benchmark_tables import section, show
+from tools.first_gpu import first_gpu, put_in_place
 
 USAGE = "python -m tools.benchmark [options]"
 
@@ -68,6 +70,7 @@ class Scope(NamedTuple):
 
 FAST_TO_MAKE = tuple(name for name in ROWS if "compile" not in name)
 QUICK = Scope(10, ("EfficientAD-S", "SimpleNet"), FAST_TO_MAKE, (1,), (1, 4), (128, 256), (1, 4, 8))
+FIRST = Scope(10, ("EfficientAD-S", "EfficientAD-M"))  # of --first-gpu
 
 
 # ------------------------------------------------------------------------------------- measuring
@@ -335,11 +338,16 @@ class Options:
     device: str | None = option(None, "cuda or cpu; default cuda if there is one")
     json: str | None = option(None, "write the figures to this file too", metavar="FILE")
     show: str | None = option(None, "instead: such a file's tables and picture", metavar="FILE")
+    first_gpu: bool = option(False, "tests and figures in order of worth, in --minutes")
+    minutes: float = option(9, "of --first-gpu, which ends in time")
+    readme: str | None = option(None, "instead: put such figures in the docs", metavar="FILE")
 
     def __post_init__(self) -> None:
         self.device = str(pick_device(self.device))
         if "kernels" in self.sections and not self.device.startswith("cuda"):
             raise OptionError("--sections kernels needs a GPU that torch can use")
+        if self.first_gpu and (not self.json or not self.minutes > 0):
+            raise OptionError("--first-gpu takes --json FILE and --minutes above 0")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -347,13 +355,19 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_options(Options, USAGE, argv)
     if options.show:
         return show(Path(options.show))
+    if options.readme:
+        return put_in_place(Path(options.readme))
     prepare_torch(0)
     device, scope = torch.device(options.device), QUICK if options.quick else Scope()
     if options.budget is not None:
         scope = scope._replace(budget=options.budget)
     command = shlex.join(["python", "-m", "tools.benchmark", *argv])
     results = {"command": command, **environment(device)}
-    if options.accuracy:
+    if options.first_gpu:
+        write(Path(options.json), json.dumps(results))
+        few = FIRST._replace(budget=options.budget or FIRST.budget)
+        results = first_gpu(SECTIONS, few, device, options.minutes, Path(options.json))
+    elif options.accuracy:
         results |= accuracy_section(Path(options.accuracy), device)
     else:
         for name in options.sections:

@@ -13,7 +13,10 @@ import efficientad
 import kernels
 from efficientad import EfficientAD
 from kernels.conv_relu_pool import reference as conv_relu_pool_reference
+from kernels.conv_rows import pool_reference
+from kernels.conv_rows import reference as rows_reference
 from kernels.distance_map import combined_map_reference, distance_map_reference
+from kernels.runtime import has_tma
 from support.fast import calibrate_int8, cpu_has_bf16, optimize
 from support.optimizers import make_adam
 from support.training import Step, augment, draw, teacher_outputs, turn_gray
@@ -186,6 +189,19 @@ def plain_hard_loss(teacher: Tensor, student: Tensor, p_hard: float) -> Tensor:
     return (d * hard).sum() / hard.sum()
 
 
+def row_cases(random: Callable, batch: int, side: int, size: str, width: int) -> Iterator[tuple]:
+    """Teacher and student in one launch: stage 2, the 3×3 and the last 4×4 convolution."""
+    x, h = random(batch, width, side // 2 - 2, side // 2 - 2), side // 4 - 3
+    arguments = x, random(2 * width, width // 2, 4, 4), random(2 * width), width
+    yield f"conv_rows_pool {size} stage 2", kernels.conv_rows_pool, pool_reference, arguments
+    x, weight = random(batch, 2 * width, h, h), random(2 * width, width, 3, 3)
+    arguments = x, weight, random(2 * width), width, True
+    yield f"conv_rows {size} 3×3", kernels.conv_rows, rows_reference, arguments
+    x, weight = random(batch, 2 * width, h - 2, h - 2), random(1152, width, 4, 4)
+    arguments = x, weight, random(1152), 384, False
+    yield f"conv_rows {size} 4×4", kernels.conv_rows, rows_reference, arguments
+
+
 def kernel_cases(batch: int, side: int, device: torch.device) -> Iterator[tuple]:
     """(name, kernel, the same in plain torch, their arguments) at the sizes of EfficientAD-S and -M
     for images of `side`²; features are channels last."""
@@ -196,9 +212,11 @@ def kernel_cases(batch: int, side: int, device: torch.device) -> Iterator[tuple]
 
     for size, width in (("S", 128), ("M", 256)):
         for stage, c, o, s in ((1, 3, width, side), (2, width, 2 * width, (side - 3) // 2)):
-            arguments = random(batch, c, s, s), random(o, c, 4, 4), random(o), 0, 0
+            arguments = random(batch, c, s, s), random(o, c, 4, 4), random(o), 0, 0, 0
             name = f"conv_relu_pool {size} stage {stage}"
             yield name, kernels.conv_relu_pool, conv_relu_pool_reference, arguments
+        if has_tma(device) or device.type == "cpu":
+            yield from row_cases(random, batch, side, size, 2 * width)
     h, quantiles = side // 4 - 8, torch.tensor([[1.0, 2.0], [1.0, 2.0]], device=device)
     teacher, student, autoencoder = (random(batch, c, h, h) for c in (384, 768, 384))
     arguments = teacher, student[:, :384]

@@ -1,0 +1,161 @@
+"""Teacher and student of the fast form on a GPU: one launch for both a layer, by a Triton kernel or
+by cuDNN, whichever is faster there."""
+
+import os
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+from efficientad import PDN, use_kernels
+from kernels.runtime import has_tma
+from support.graphs import graph_milliseconds
+
+CHANNELS_LAST = torch.channels_last
+
+
+def serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the fast form is of this kind: in half precision on a GPU."""
+    return device.type == "cuda" and dtype != torch.float32
+
+
+def four_channels(convolution: nn.Conv2d) -> None:
+    """Give a first convolution a fourth input channel that counts nothing: a pixel is 8 bytes."""
+    weight = F.pad(convolution.weight.detach(), (0, 0, 0, 0, 0, 1))
+    convolution.weight = nn.Parameter(weight, requires_grad=False)
+    convolution.in_channels = 4
+
+
+def convolve(x: Tensor, c: nn.Conv2d, relu: bool) -> Tensor:
+    """cuDNN adds bias and ReLU within the convolution."""
+    if relu and x.is_cuda:
+        arguments = c.stride, c.padding, c.dilation, c.groups
+        return torch.cudnn_convolution_relu(x, c.weight, c.bias, *arguments)
+    y = c(x)
+    return y.relu() if relu else y
+
+
+class CudnnConvReLU(nn.Module):
+    """A convolution and the ReLU behind it as one call."""
+
+    def __init__(self, convolution: nn.Conv2d):
+        super().__init__()
+        self.convolution = convolution
+
+    def forward(self, x: Tensor) -> Tensor:
+        return convolve(x, self.convolution, True)
+
+
+def fuse_relu(network: nn.Sequential) -> None:
+    """Replace each convolution that a ReLU follows, in place. Layers keep their places."""
+    for i, layer in enumerate(list(network)[:-1]):
+        if isinstance(layer, nn.Conv2d) and isinstance(network[i + 1], nn.ReLU):
+            network[i], network[i + 1] = CudnnConvReLU(layer), nn.Identity()
+
+
+Features = tuple[Tensor | None, tuple[Tensor, ...]]  # one tensor; the teacher's and the student's
+
+
+class Layer(nn.Module):
+    """A convolution of teacher and student, with ReLU and pool if they follow. A kernel computes
+    both in one tensor; the parts are slices of it. cuDNN computes each by itself."""
+
+    def __init__(
+        self, teacher: nn.Conv2d, student: nn.Conv2d, after: list[nn.Module], common: bool
+    ):
+        super().__init__()
+        self.own = nn.ModuleList([teacher] if teacher is student else [teacher, student])
+        self.relu = any(isinstance(layer, nn.ReLU) for layer in after)
+        self.pool = next((layer for layer in after if isinstance(layer, nn.AvgPool2d)), None)
+        self.common = common  # both read one tensor
+        self.padding = teacher.padding[0]
+        self.kernel = self.find_kernel(teacher, student)
+        if self.kernel:  # the weights of both in one; cuDNN's are slices of them
+            weight = torch.cat([c.weight for c in self.own]).contiguous(memory_format=CHANNELS_LAST)
+            self.weight, self.bias = weight, torch.cat([c.bias for c in self.own])
+            self.outputs = [len(c.weight) for c in self.own]
+            self.split = 0 if common else self.outputs[0]
+            for c, w in zip(self.own, weight.split(self.outputs)):
+                c.weight = nn.Parameter(w, requires_grad=False)
+
+    def find_kernel(self, teacher: nn.Conv2d, student: nn.Conv2d) -> Callable | None:
+        """The kernel that can compute the layer here, if there is one."""
+        (_, c, size, _), device = teacher.weight.shape, teacher.weight.device
+        if student.weight.shape[1] != c:
+            return None
+        rows = has_tma(device) and not self.padding and c % 64 == 0
+        if self.pool is not None:
+            return self.rows_pool if rows else self.relu_pool if size == 4 else None
+        return self.rows if rows else None
+
+    def rows(self, x: Tensor) -> Tensor:
+        return kernels.conv_rows(x, self.weight, self.bias, self.split, self.relu)
+
+    def rows_pool(self, x: Tensor) -> Tensor:
+        return kernels.conv_rows_pool(x, self.weight, self.bias, self.split)
+
+    def relu_pool(self, x: Tensor) -> Tensor:
+        paddings = self.padding, self.pool.padding
+        return kernels.conv_relu_pool(x, self.weight, self.bias, *paddings, self.split)
+
+    def forward(self, features: Features, with_kernel: bool) -> Features:
+        whole, parts = features
+        if with_kernel:
+            whole = self.kernel(torch.cat(parts, 1) if whole is None else whole)
+            return whole, whole.split(self.outputs, 1)
+        inputs = parts * len(self.own) if self.common else parts
+        outputs = [convolve(x, c, self.relu) for x, c in zip(inputs, self.own)]
+        outputs = tuple(outputs if self.pool is None else map(self.pool, outputs))
+        return outputs[0] if len(outputs) == 1 else None, outputs
+
+
+class Pair(nn.Module):
+    """Teacher and student without their last rounding: normalized images N×4×H×W in half precision
+    -> their outputs N×384×h×w and N×768×h×w. `with_kernels`: of each layer, whether its kernel
+    computes it."""
+
+    def __init__(self, teacher: PDN, student: PDN):
+        super().__init__()
+        places = [i for i, layer in enumerate(teacher) if isinstance(layer, nn.Conv2d)]
+        self.layers, common = nn.ModuleList(), True
+        for i, following in zip(places, [*places[1:], len(teacher)]):
+            own, after = (teacher[i], student[i]), list(teacher)[i + 1 : following]
+            self.layers.append(Layer(*own, after, common))
+            common = common and own[0] is own[1]
+        self.with_kernels = [False] * len(self.layers)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = x, (x,)
+        for layer, with_kernel in zip(self.layers, self.with_kernels):
+            features = layer(features, with_kernel)
+        return features[1]
+
+    def choose(self, x: Tensor, milliseconds: Callable = graph_milliseconds) -> str:
+        """Choose for each layer what is faster for features like x's, and check that the mixture
+        beats all kernels and no kernel. Returns what was chosen, in words.
+
+        EFFICIENTAD_KERNELS=1 takes every kernel and 0 none, without measuring."""
+        there = [layer.kernel is not None for layer in self.layers]
+        if not use_kernels(x):
+            self.with_kernels = [False] * len(there)
+            return "no kernels"
+        if os.environ.get("EFFICIENTAD_KERNELS") == "1":
+            self.with_kernels = there
+            return "every kernel, by EFFICIENTAD_KERNELS=1"
+        mixture, features = [], (x, (x,))
+        for layer, possible in zip(self.layers, there):
+            times = {}
+            for with_kernel in (True, False) if possible else (False,):
+                times[with_kernel] = milliseconds(partial(layer, features, with_kernel), x.device)
+            mixture.append(min(times, key=times.get))
+            features = layer(features, mixture[-1])
+        candidates, totals = [mixture, there, [False] * len(there)], []
+        for candidate in candidates:
+            self.with_kernels = candidate
+            totals.append(milliseconds(partial(self, x), x.device))
+        self.with_kernels = candidates[totals.index(min(totals))]
+        names = ["kernel" if chosen else "cuDNN" for chosen in self.with_kernels]
+        return f"{', '.join(names)}: {min(totals):.3f} ms, cuDNN alone {totals[2]:.3f}"

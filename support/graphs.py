@@ -1,0 +1,126 @@
+"""CUDA graphs: a pass or a training step as one launch."""
+
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor
+
+
+def beside(first: Callable, second: Callable, stream: torch.cuda.Stream | None) -> tuple:
+    """(first(), second()); with a stream second's work goes there, beside first's on the current
+    one. What both read must be there already. A graph keeps the fork."""
+    if stream is None:
+        return first(), second()
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        result = second()
+    results = first(), result
+    current.wait_stream(stream)
+    return results
+
+
+@lru_cache(maxsize=8)
+def side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream for `beside` on a GPU."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+def graph_milliseconds(function: Callable, device: torch.device, repeats: int = 20) -> float:
+    """The GPU's time of a call, by replaying a graph of it. Infinite, with a warning, for one that
+    fails: a kernel that does not compile on this GPU is not taken."""
+    try:
+        graphed = Graphed(function, device)
+        for _ in range(Graphed.WARM_UP + 1):
+            graphed()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            graphed()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / repeats
+    except Exception as error:  # of Triton, cuDNN or the driver
+        warnings.warn(f"{type(error).__name__}: {error}".splitlines()[0])
+        return float("inf")
+
+
+class Graphed:
+    """A function of no arguments as one CUDA graph; the tensors that it reads and writes must stay
+    where they are. The first calls are ordinary ones on a side stream, as torch wants before a
+    capture. From then on a call launches all kernels at once, and its result lies in the same
+    tensors each time. If the capture fails, a warning says so and calls stay ordinary. On another
+    device every call is ordinary."""
+
+    WARM_UP = 3
+
+    def __init__(self, function: Callable, device: torch.device):
+        self.function, self.device, self.calls = function, device, 0
+        self.graph, self.result = None, None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self):
+        if self.stream is None:
+            return self.function()
+        with torch.cuda.device(self.device):
+            self.calls += 1
+            if self.calls <= self.WARM_UP:
+                self.stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(self.stream):
+                    result = self.function()
+                torch.cuda.current_stream().wait_stream(self.stream)
+                return result
+            if self.graph is None:
+                self.capture()
+            if self.graph is None:
+                return self.function()
+            self.graph.replay()
+            return self.result
+
+    def capture(self) -> None:
+        """Record the graph; it computes nothing yet."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.result = self.function()
+        except RuntimeError as error:
+            warnings.warn(f"no CUDA graph, each kernel is launched by itself: {error}")
+            self.stream = None
+            return
+        self.graph = graph
+
+
+class BatchGraphs:
+    """A model's forward pass, uint8 N×3×H×W on any device -> (map, score). On a GPU a batch of one
+    of `batch_sizes` is one graph launch behind a copy of the images. The caller may overwrite its
+    images at once, and call from several threads and streams: calls take turns."""
+
+    def __init__(self, forward: Callable, image_size, device: torch.device, batch_sizes: Sequence):
+        self.forward, self.graphs = forward, {}  # by batch size: images' buffer, its graph
+        self.turn = threading.Lock()
+        self.done = torch.cuda.Event() if device.type == "cuda" else None
+        benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+        for n in batch_sizes if device.type == "cuda" else ():
+            buffer = torch.zeros(n, 3, *image_size, dtype=torch.uint8, device=device)
+            self.graphs[n] = buffer, Graphed(partial(forward, buffer), device)
+            for _ in range(Graphed.WARM_UP + 1):
+                self.graphs[n][1]()
+        torch.backends.cudnn.benchmark = benchmark
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        buffer, graph = self.graphs.get(len(images), (None, None))
+        if graph is None or images.dtype != buffer.dtype or images.shape != buffer.shape:
+            return self.forward(images)
+        current = torch.cuda.current_stream(buffer.device)
+        with self.turn:
+            current.wait_event(self.done)
+            if images.is_cuda or images.is_pinned():  # a camera may refill its own pinned memory
+                buffer.copy_(images)
+            else:
+                buffer.copy_(images.contiguous().pin_memory(), non_blocking=True)
+            m, score = (result.clone() for result in graph())  # the graph's own are overwritten
+            self.done.record(current)
+        return m, score
