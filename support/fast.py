@@ -42,10 +42,13 @@ def choose_precision(precision: str, device: torch.device) -> str:
 
 
 @torch.no_grad()
-def calibrate_int8(model: EfficientAD, batches: Iterable[Tensor], a=0.9, b=0.995) -> None:
+def calibrate_int8(
+    model: EfficientAD, batches: Iterable[Tensor], changed: Iterable[Tensor] = (), a=0.9, b=0.995
+) -> None:
     """What int8 needs, from normal images held out of training, uint8 N×3×H×W, into the model's
-    training_info: ranges of the activations, and quantiles and threshold measured in int8, whose
-    noise lifts the maps. Does nothing where int8 cannot run, or for images beyond TILE."""
+    training_info: ranges of the activations, and quantiles, scores and threshold measured in int8,
+    whose noise lifts the maps. The threshold is the highest score of these and the `changed`
+    images. Does nothing where int8 cannot run, or for images beyond TILE."""
     model.training_info["int8"] = info = {}
     batches = [] if int8.problem(model) else list(batches)
     if not batches or any(model.oversized(x) for x in batches):
@@ -54,7 +57,9 @@ def calibrate_int8(model: EfficientAD, batches: Iterable[Tensor], a=0.9, b=0.995
     info["maxima"] = int8.measure_maxima(model, batches)
     fast = FastEfficientAD(model, "int8", ())
     scores = fast.fit_normalization([fast.raw_maps(x) for x in batches], a, b)
+    threshold = max([scores.max().item(), *(fast(x)[1].max().item() for x in changed)])
     info |= {"quantiles": fast.quantiles.tolist(), "scores": sorted(scores.tolist())}
+    info["threshold"] = threshold
 
 
 def cpu_has_bf16(device: torch.device) -> bool:
@@ -127,7 +132,9 @@ class FastEfficientAD(TiledEfficientAD):
         for network in networks[2:] if self.precision == "int8" else networks:
             network.to(dtype=self.dtype, memory_format=torch.channels_last)
 
-    def quantize(self, maxima: dict, quantiles: list | None = None, scores: list = ()) -> None:
+    def quantize(
+        self, maxima: dict, quantiles: list | None = None, scores: list = (), threshold=None
+    ) -> None:
         """Put int8 networks in the place of teacher and student; take their calibration."""
         for name, values in maxima.items():
             pdn = int8.Int8PDN(getattr(self, name), values, self.image_size, self.mean)
@@ -135,7 +142,7 @@ class FastEfficientAD(TiledEfficientAD):
         self.autoencoder = int8.Centred(self.autoencoder, self.mean, self.dtype)
         if quantiles:
             self.quantiles.copy_(torch.tensor(quantiles))
-            self.threshold.fill_(scores[-1])
+            self.threshold.fill_(threshold or scores[-1])
             self.training_info = {**self.training_info, "scores": scores}
 
     def normalize(self, images: Tensor) -> Tensor:

@@ -93,7 +93,8 @@ def score_folder(
     known, meaning = info.get("scores", []), threshold_meaning(info.get("validation_images"))
     if rate is not None:
         try:
-            threshold = threshold_for(rate, known)
+            margin = max(0, threshold - max(known, default=0))  # for other light
+            threshold = threshold_for(rate, known) + margin
         except ValueError as error:
             raise ModelError(f"--false-alarms: {error}; choose a higher share") from None
         n = len(known)
@@ -143,7 +144,8 @@ def score_folder(
         print("how its training images looked is not in the model: unusual images are not marked")
     elif change := drift(looks, known_looks):
         print(f"{change} than the training images: {REMEDY}")
-    print(f"{speed:.1f} images/s, {getattr(model, 'precision', 'fp32')}")
+    how = [getattr(model, name, "") for name in ("precision", "choice")]
+    print(f"{speed:.1f} images/s, {'; '.join(filter(None, how)) or 'fp32'}")
 
 
 def write_overlay(path: Path, image: Image.Image, maps: dict, scores: dict, scale: tuple) -> None:

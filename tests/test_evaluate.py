@@ -215,7 +215,7 @@ def test_verdicts(model, run_script, tmp_path):
         ([-9.0] * 18 + [1e9], "0.1", ["reject", "reject"], 0.1),
     ):
         checkpoint["training"] = model.training_info | {"scores": known}
-        checkpoint["state"]["threshold"] = torch.tensor(1e9)
+        checkpoint["state"]["threshold"] = torch.tensor(max(known) if rate else 1e9)
         torch.save(checkpoint, tmp_path / "r/model.pt")
         options = ("--false-alarms", rate) if rate else ()
         status, out, err = run_script(*command, *options)
@@ -255,7 +255,7 @@ def test_recalibration_on_accepted_images(own, run_script, tmp_path, monkeypatch
         for p in list_images(tmp_path / "good")
     ]
     assert info["scores"] == pytest.approx(sorted(scores)) and info["p_hard"] == 0.99
-    assert new.threshold.item() == max(info["scores"]) and info["validation_images"] == 4
+    assert new.threshold.item() >= max(info["scores"]) and info["validation_images"] == 4
     assert info["appearance"]["width"] == [50, 50]
     status, out, err = run_script(*command)  # once more: nothing is far above, nothing changes
     assert status == 0 and "0 of 4 verdicts change" in out and (own / "model-2.pt").exists(), err

@@ -12,10 +12,10 @@ from efficientad import EfficientAD, ModelError
 from support import fast_gpu
 from support.checkpoints import load_model
 from support.fast import cpu_has_bf16, optimize
-from support.graphs import Graphed
+from support.graphs import BatchGraphs, Graphed
 from support.int8 import Int8Conv
 from support.tiling import TiledEfficientAD
-from support.training import calibrate
+from support.training import calibrate, in_other_light
 
 CPU = torch.device("cpu")
 GPU = torch.cuda.is_available()
@@ -160,6 +160,49 @@ def test_a_capture_that_fails_leaves_ordinary_calls(monkeypatch):
     assert graphed.graph is None and graphed() == 7
 
 
+class Recorder:
+    """Stands in for streams, events and tensors of a GPU: notes what is called of it."""
+
+    dtype, shape, device, is_cuda = torch.uint8, (1, 3, 4, 4), CPU, False
+
+    def __init__(self, name: str, calls: list, pinned: bool = False):
+        self.name, self.calls, self.is_pinned = name, calls, lambda: pinned
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getattr__(self, method: str):
+        def call(*_, **options):
+            self.calls.append((self.name, method, *options.values()))
+            return self
+
+        return call
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_graph_calls_take_turns_and_leave_the_callers_memory(pinned, monkeypatch):
+    """A caller may refill its own pinned memory when the call returns: it is not copied later."""
+    calls = []
+    stream, buffer, result = (Recorder(name, calls) for name in ("stream", "buffer", "result"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    passes = BatchGraphs(None, (4, 4), CPU, ())
+    passes.done = Recorder("done", calls)
+
+    def graph() -> tuple:
+        assert passes.turn.locked()
+        calls.append(("graph",))
+        return result, result
+
+    passes.graphs[1] = buffer, graph
+    passes(Recorder("images", calls, pinned))
+    copies = [call for call in calls if call[1:2] == ("copy_",)]
+    assert copies == [("buffer", "copy_") if pinned else ("buffer", "copy_", True)]
+    assert (("images", "pin_memory") in calls) == (not pinned)
+    order = [("stream", "wait_event"), copies[0], ("graph",), ("result", "clone")]
+    order += [("result", "clone"), ("done", "record")]
+    assert [call for call in calls if call[0] != "images"] == order and not passes.turn.locked()
+
+
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 def test_cuda_graphs_compute_what_eager_calls_do(demo_images, trained):
     model = trained(4).cuda()
@@ -288,7 +331,11 @@ def test_int8_from_a_checkpoint(size, shared_stem, tmp_path):
             error = (own - expected).square().mean().sqrt() / expected.mean()
             assert 0 < error < 0.05
     torch.testing.assert_close(anomaly_map, maps["combined"], rtol=0, atol=1e-5)
-    assert fast.threshold == pytest.approx(score.max().item(), abs=1e-5)
+    with torch.inference_mode():
+        for each in (model, fast):
+            light = [each(x)[1].max().item() for x in (images, *in_other_light(images.split(1)))]
+            assert each.threshold.item() == pytest.approx(max(light), abs=1e-5)
+            assert max(each.training_info["scores"]) == pytest.approx(light[0], abs=1e-5)
     with pytest.raises(TypeError, match="uint8"):
         fast(images.float())
 
