@@ -51,7 +51,8 @@ def calibrate_int8(
     images. Does nothing where int8 cannot run, or for images beyond TILE."""
     model.training_info["int8"] = info = {}
     batches = [] if int8.problem(model) else list(batches)
-    if not batches or any(model.oversized(x) for x in batches):
+    tiled = isinstance(model, TiledEfficientAD)
+    if not batches or (tiled and any(model.oversized(x) for x in batches)):
         del model.training_info["int8"]
         return
     info["maxima"] = int8.measure_maxima(model, batches)

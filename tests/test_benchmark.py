@@ -115,8 +115,10 @@ def test_accuracy(run, own, run_script):
     assert status == 0, err
     figures = json.loads(Path("accuracy.json").read_text())
     assert figures["test images"] == 9 and "- test images: 9" in out
-    assert 0 < figures["mean map error"] <= figures["largest map error"] < 0.05
+    errors = [float(e) for e in figures["mean error of local and of global map"].split(",")]
+    assert 0 < max(errors) <= figures["largest error of a map"] < 0.05 and len(errors) == 2
     assert figures["pairs in another order"] <= figures["pairs of images"] == 36
+    assert abs(figures["AU-PRO 0.3, fast form"] - figures["AU-PRO 0.3, eager fp32"]) < 0.02
     assert run_script("evaluate.py", "--run", own, "--device", "cpu")[0] == 0
     rows = csv.DictReader((own / "scores.csv").read_text().splitlines())
     scores = [(row["defect"] != "good", float(row["score"])) for row in rows]

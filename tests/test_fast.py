@@ -316,13 +316,13 @@ def test_int8_convolution_is_the_integers(pool):
 def test_int8_from_a_checkpoint(size, shared_stem, tmp_path):
     """Near the model's own maps; what it needs survives saving; threshold and quantiles are its
     own."""
-    model = TiledEfficientAD(size=size, image_size=(128, 160), shared_stem=shared_stem)
+    cls = TiledEfficientAD if size == "small" else EfficientAD
+    model = cls(size=size, image_size=(128, 160), shared_stem=shared_stem)
     images = torch.randint(0, 256, (3, 3, 128, 160), dtype=torch.uint8)
     model.fit_teacher_statistics(images.split(1))
     calibrate(model, images, "quantile", 0.9, 0.995)
     model.save(str(tmp_path / "model.pt"))
-    loaded = load_model(tmp_path / "model.pt", TiledEfficientAD)
-    fast = optimize(loaded, "int8")
+    fast = optimize(load_model(tmp_path / "model.pt", cls), "int8")
     assert fast.precision == "int8" and fast.threshold != model.threshold
     with torch.inference_mode():
         anomaly_map, score = fast(images)

@@ -36,19 +36,21 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from baselines.simplenet import SimpleNet
 from efficientad import EfficientAD
 from evaluate import load_run
-from support.data import DataError, Images, open_category
-from support.fast import DTYPES, choose_precision, cpu_has_bf16
-from support.metrics import image_auroc
+from support.data import Category, DataError, Images, open_category, read_image
+from support.fast import DTYPES, PRECISIONS, choose_precision, cpu_has_bf16
+from support.metrics import Localization, image_auroc
 from support.options import OptionError, has_bf16, option, parse_options, pick_device
 from support.runs import run_command, write
+from support.scoring import fast_form
 from support.training import one_by_one, prepare_torch
-from tools.benchmark_rows import FP32, HALF, ROWS, fast_form, kernel_cases, our_step, plain_step
+from tools.benchmark_rows import FP32, HALF, ROWS, kernel_cases, our_step, plain_step
 from tools.benchmark_tables import section, show
 from tools.first_gpu import first_gpu, put_in_place
 
@@ -286,37 +288,58 @@ def kernels_section(scope: Scope, device: torch.device) -> dict:
 
 
 @torch.no_grad()
-def accuracy_section(run: Path, device: torch.device) -> dict:
+def accuracy_section(run: Path, device: torch.device, precision: str) -> dict:
     """How far the fast form of a run's model is from the model, eager fp32, on its category's test
-    images. Raises ModelError or DataError if there is no such run or category."""
+    images; AU-PRO is at the model's size. Raises ModelError or DataError if there is no such run or
+    category."""
     model = load_run(run, device)
     if "data" not in model.training_info:
         raise DataError(f"{run}: does not say what it was trained on; name a run of train.py")
-    category, fast = open_category(model.training_info["data"]), fast_form(model)
+    category = open_category(model.training_info["data"])
+    forms = {"eager fp32": model, "fast form": fast_form(model, precision)}
     good = np.array([sample.defect == "good" for sample in category.test])
     if good.all() or not good.any():
         raise DataError(f"{category.root}: --accuracy needs good and defective test images")
     images = Images([sample.path for sample in category.test], model.image_size, cache_bytes=0)
-    scores, errors = [], []
+    maps, scores, errors = {name: [] for name in forms}, {name: [] for name in forms}, []
     for x in one_by_one(images, device, "images"):
-        (exact_map, exact), (fast_map, approximate) = model(x), fast(x)
-        errors.append(map_error(fast_map, exact_map))
-        scores.append((exact.item(), approximate.item()))
-    exact, approximate = np.array(scores).T
+        for name, form in forms.items():
+            m, score = form(x)
+            maps[name].append(m[0, 0].float().cpu().numpy())
+            scores[name].append(score.item())
+        errors.append([map_error(*raw) for raw in zip(*(raw_maps(f, x) for f in forms.values()))])
+    exact, approximate = (np.array(values) for values in scores.values())
     orders = [np.sign(s[:, None] - s) for s in (exact, approximate)]
-    verdicts = [s > model.threshold.item() for s in (exact, approximate)]
-    return {
-        "run": str(run),
-        "test images": len(images),
-        "image AU-ROC, eager fp32": image_auroc(exact[good], exact[~good]),
-        "image AU-ROC, fast form": image_auroc(approximate[good], approximate[~good]),
-        "mean map error": float(np.mean(errors)),
-        "largest map error": max(errors),
-        "largest score error": float(np.abs(approximate - exact).max() / exact.std()),
+    verdicts = [np.array(s) > forms[name].threshold.item() for name, s in scores.items()]
+    results = {"run": str(run), "precision": forms["fast form"].precision}
+    results["test images"] = len(images)
+    for name, values in zip(forms, (exact, approximate)):
+        results[f"image AU-ROC, {name}"] = image_auroc(values[good], values[~good])
+        results[f"AU-PRO 0.3, {name}"] = au_pro_of(maps[name], category)
+    return results | {
+        "mean error of local and of global map": ", ".join(f"{e:.3g}" for e in np.mean(errors, 0)),
+        "largest error of a map": float(np.max(errors)),
         "pairs of images": len(images) * (len(images) - 1) // 2,
         "pairs in another order": int((orders[0] != orders[1]).sum() // 2),
         "other verdicts": int((verdicts[0] != verdicts[1]).sum()),
     }
+
+
+def raw_maps(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+    """A model's maps before their normalization, which int8 has of its own."""
+    return model.raw_maps(images) if isinstance(model, EfficientAD) else (model(images)[0],)
+
+
+def au_pro_of(maps: list[np.ndarray], category: Category) -> float | None:
+    """AU-PRO of the test images' maps, or None without masks."""
+    localization = Localization()
+    for m, sample in zip(maps, category.test):
+        mask = Image.fromarray(sample.mask(read_image(sample.path).size[::-1]))
+        localization.add(m, np.asarray(mask.resize(m.shape[::-1])), sample.defect)
+    if not localization.located:
+        return None
+    localization.measure(maps)
+    return localization.areas()["overall"]["0.3"]
 
 
 # --------------------------------------------------------------------------------------- command
@@ -333,6 +356,7 @@ class Options:
         list(SECTIONS)[:3], "default all but kernels, which needs a GPU", choices=list(SECTIONS)
     )
     accuracy: str | None = option(None, "instead: a run's fast form against eager", metavar="RUN")
+    precision: str = option("auto", "of --accuracy", choices=PRECISIONS)
     quick: bool = option(False, "EfficientAD-S and SimpleNet at batch 1")
     budget: float | None = option(None, "seconds for a table; default 120, 10 with --quick")
     device: str | None = option(None, "cuda or cpu; default cuda if there is one")
@@ -368,7 +392,7 @@ def main(argv: list[str] | None = None) -> None:
         few = FIRST._replace(budget=options.budget or FIRST.budget)
         results = first_gpu(SECTIONS, few, device, options.minutes, Path(options.json))
     elif options.accuracy:
-        results |= accuracy_section(Path(options.accuracy), device)
+        results |= accuracy_section(Path(options.accuracy), device, options.precision)
     else:
         for name in options.sections:
             results |= SECTIONS[name](scope, device)

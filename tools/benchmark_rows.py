@@ -62,7 +62,8 @@ def compiled(model: nn.Module, images: Tensor) -> Callable:
     return eager(torch.compile(model, mode="max-autotune"), images)
 
 
-def onnx_runtime(model: nn.Module, images: Tensor) -> Callable:
+def onnx_runtime(model: nn.Module, images: Tensor, int8: bool = False) -> Callable:
+    """With `int8` convolutions are quantized by onnxruntime, the rest stays in float."""
     import onnxruntime
 
     provider = "CUDAExecutionProvider" if model.threshold.is_cuda else "CPUExecutionProvider"
@@ -73,9 +74,31 @@ def onnx_runtime(model: nn.Module, images: Tensor) -> Callable:
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.onnx"
         torch.onnx.export(model, (images.to(model.threshold.device),), path, verbose=False)
+        if int8:
+            path = quantized_onnx(path, images)
         session = onnxruntime.InferenceSession(path, options, providers=[provider])
     name = session.get_inputs()[0].name
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+
+def quantized_onnx(path: str, images: Tensor) -> str:
+    """Write an ONNX file with int8 convolutions beside another one; its path."""
+    from onnxruntime.quantization import CalibrationDataReader, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        """Gives the images once."""
+
+        def __init__(self):
+            self.left = [{"images": images.numpy()}]
+
+        def get_next(self) -> dict | None:
+            return self.left.pop() if self.left else None
+
+    quant_pre_process(path, f"{path}.folded")
+    convolutions = {"op_types_to_quantize": ["Conv", "Relu"], "per_channel": True}
+    quantize_static(f"{path}.folded", f"{path}.int8", Reader(), **convolutions)
+    return f"{path}.int8"
 
 
 def openvino(model: nn.Module, images: Tensor) -> Callable:
@@ -117,6 +140,8 @@ def ours_int8(model: nn.Module, images: Tensor) -> Callable:
     calibrate_int8(model, [images])
     if "int8" not in model.training_info:
         raise ImportError("int8 needs a CPU with VNNI instructions")
+    maxima = model.training_info["int8"]["maxima"]
+    model.training_info["int8"] = {"maxima": maxima}  # the map on the model's own scale
     fast = optimize(model, "int8", (len(images),))
     return lambda x: fast(x)[0].cpu()
 
@@ -134,6 +159,7 @@ ROWS = {
     "torch.compile max-autotune, half": (compiled, HALF),
     "ONNX Runtime fp32": (onnx_runtime, FP32),
     "OpenVINO half": (openvino, HALF),
+    "ONNX Runtime int8": (partial(onnx_runtime, int8=True), HALF),
     "OpenVINO int8": (openvino_int8, HALF),
     "ours": (ours, HALF),
     "ours int8": (ours_int8, HALF),
