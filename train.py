@@ -22,6 +22,7 @@ from torch import Tensor
 
 from efficientad import EfficientAD, ModelError, check_image_size
 from support import training
+from support.calibration import calibrate
 from support.checkpoints import is_url, load_teacher
 from support.data import is_demo, load_normal_images
 from support.optimizers import cosine, kernels_of, make_optimizers, set_rate
@@ -180,7 +181,7 @@ def train(options: Options) -> Path:
         run.record(step, take_step(step), options.lr * rate_factor(step, options))
 
     # Map normalization and threshold from the validation images (section 3.4).
-    training.calibrate(model, normal.validation, options.map_normalization, options.a, options.b)
+    calibrate(model, normal.validation, options.map_normalization, options.a, options.b)
     return run.finish(model)
 
 

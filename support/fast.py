@@ -1,7 +1,7 @@
 """The fast form of a trained EfficientAD."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -39,28 +39,6 @@ def choose_precision(precision: str, device: torch.device) -> str:
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     return precision
-
-
-@torch.no_grad()
-def calibrate_int8(
-    model: EfficientAD, batches: Iterable[Tensor], changed: Iterable[Tensor] = (), a=0.9, b=0.995
-) -> None:
-    """What int8 needs, from normal images held out of training, uint8 N×3×H×W, into the model's
-    training_info: ranges of the activations, and quantiles, scores and threshold measured in int8,
-    whose noise lifts the maps. The threshold is the highest score of these and the `changed`
-    images. Does nothing where int8 cannot run, or for images beyond TILE."""
-    model.training_info["int8"] = info = {}
-    batches = [] if int8.problem(model) else list(batches)
-    tiled = isinstance(model, TiledEfficientAD)
-    if not batches or (tiled and any(model.oversized(x) for x in batches)):
-        del model.training_info["int8"]
-        return
-    info["maxima"] = int8.measure_maxima(model, batches)
-    fast = FastEfficientAD(model, "int8", ())
-    scores = fast.fit_normalization([fast.raw_maps(x) for x in batches], a, b)
-    threshold = max([scores.max().item(), *(fast(x)[1].max().item() for x in changed)])
-    info |= {"quantiles": fast.quantiles.tolist(), "scores": sorted(scores.tolist())}
-    info["threshold"] = threshold
 
 
 def cpu_has_bf16(device: torch.device) -> bool:

@@ -129,7 +129,9 @@ def problem(model: EfficientAD) -> str | None:
     if model.padding:
         return "int8 is for models without padding"
     if "int8" not in model.training_info:
-        return "the model has no ranges for int8: call support.fast.calibrate_int8 with images"
+        return (
+            "the model has no ranges for int8: call support.calibration.calibrate_int8 with images"
+        )
     try:
         weight, bias = torch.eye(16).view(16, 16, 1, 1), torch.zeros(16)
         x = torch.arange(16, dtype=torch.uint8).view(1, 16, 1, 1)

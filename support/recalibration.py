@@ -10,11 +10,12 @@ from tqdm import tqdm
 from efficientad import EfficientAD
 from support import data
 from support.appearance import appearance_range, differences
+from support.calibration import calibrate
 from support.checkpoints import write_checkpoint
 from support.metrics import p_value
 from support.runs import threshold_meaning, write
 from support.scoring import predict, verdict
-from support.training import calibrate, one_by_one
+from support.training import one_by_one
 
 
 def verdicts(model: nn.Module, images: data.Images) -> list[tuple[float, str]]:

@@ -93,7 +93,7 @@ def score_folder(
     known, meaning = info.get("scores", []), threshold_meaning(info.get("validation_images"))
     if rate is not None:
         try:
-            margin = max(0, threshold - max(known, default=0))  # for other light
+            margin = max(0, threshold - max(known, default=0))  # for noise
             threshold = threshold_for(rate, known) + margin
         except ValueError as error:
             raise ModelError(f"--false-alarms: {error}; choose a higher share") from None

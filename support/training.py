@@ -25,10 +25,8 @@ from efficientad import (
     student_autoencoder_loss,
 )
 from support.data import Images, PhotographCrops, list_images
-from support.fast import calibrate_int8
 from support.graphs import Graphed, beside, side_stream
 
-CONTRAST = 0.9, 1.1  # of other light
 KEPT_BYTES = 2 * 2**30  # on the device, each: decoded training images, teacher outputs for them
 
 # ------------------------------------------------------------------------------ order of batches
@@ -235,7 +233,7 @@ def steps_until(
         moments.append(time.time())
     with torch.no_grad():
         model.raw_maps(image)[0].cpu()
-    calibration = 6 * len(validation) * (time.time() - moments[-1])  # in three lights, int8 too
+    calibration = 4 * len(validation) * (time.time() - moments[-1])  # with noise, int8 too
     step = (moments[-1] - moments[4]) / (len(moments) - 5)  # the first ones are slow
     return max(1, int((end - calibration - time.time()) / step))
 
@@ -274,48 +272,6 @@ class Step:
         for optimizer in self.optimizers:
             optimizer.step()
         return {name: loss.detach() for name, loss in losses.items()}
-
-
-def fit_gaussian(model: EfficientAD, raw: list) -> Tensor:
-    """The ablation's baseline in place of `EfficientAD.fit_normalization`: mean 0 and variance 1
-    over all pixels of all `raw_maps`, the same linear map with q_a = μ and q_b = μ + 0.1·σ. Returns
-    the images' scores."""
-    quantiles = []
-    for maps in zip(*raw):
-        pixels = torch.cat(maps).double()
-        mean, std = pixels.mean(), pixels.std(correction=0)
-        quantiles.append([mean, mean + 0.1 * std])
-    return model.set_quantiles(raw, quantiles)
-
-
-def in_other_light(batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """uint8 batches N×3×H×W -> each in lower and in higher contrast, uint8."""
-    for images in batches:
-        for factor in CONTRAST:
-            factors = torch.full((len(images), 1, 1, 1), factor, device=images.device)
-            changed = augment(images, factors, torch.ones_like(factors))
-            yield (255 * changed).round().to(torch.uint8)
-
-
-@torch.no_grad()
-def calibrate(model: EfficientAD, images: Sequence, normalization: str, a: float, b: float) -> None:
-    """Map normalization from normal images held out of training (section 3.4), or with
-    `normalization` "gaussian" by `fit_gaussian`. The threshold is the highest score that the images
-    have as they are or `in_other_light`: the next ones will not be taken in quite the same. Then
-    the same for int8, on the CPU, where the model is left. The scores of the images as they are
-    become training_info["scores"]."""
-    batches = one_by_one(images, model.threshold.device, "calibration")
-    if normalization == "gaussian":
-        model.eval()
-        scores = fit_gaussian(model, [model.raw_maps(x) for x in batches])
-    else:
-        scores = model.calibrate(batches, a, b)
-    model.training_info["scores"] = sorted(scores.tolist())
-    for x in in_other_light(one_by_one(images, model.threshold.device, "in other light")):
-        model.threshold.copy_(torch.maximum(model.threshold, model(x)[1].max()))
-    if normalization != "gaussian":
-        small = list(one_by_one(images, torch.device("cpu"), "int8"))
-        calibrate_int8(model.cpu(), small, in_other_light(small), a, b)
 
 
 def pretraining_images(

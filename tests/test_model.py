@@ -23,7 +23,8 @@ from efficientad import (
     hard_feature_loss,
     quantile,
 )
-from support.training import calibrate, fast_losses, short_losses
+from support.calibration import calibrate
+from support.training import fast_losses, short_losses
 
 IMAGES = torch.randint(0, 256, (4, 3, 128, 128), dtype=torch.uint8)
 

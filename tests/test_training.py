@@ -22,7 +22,6 @@ from support.training import (
     Step,
     augment,
     draw,
-    in_other_light,
     in_threads,
     luma,
     quarters,
@@ -181,14 +180,6 @@ def test_optimizers_learn_all_but_the_shared_stem():
     assert adam.param_groups[0]["lr"] == muon.param_groups[0]["lr"] == 1e-3
     options = train.Options(device="cpu", steps=5, recipe="paper")
     assert len(train.optimizers_of(EfficientAD(), options)) == 1
-
-
-def test_other_light():
-    """Contrast a tenth lower and higher, around the mean luma."""
-    images = torch.tensor([50, 150], dtype=torch.uint8).expand(1, 3, 2, 2)
-    low, high = in_other_light([images])
-    assert low[0, 0, 0].tolist() == [55, 145] and high[0, 0, 0].tolist() == [45, 155]
-    assert low.dtype == torch.uint8 and low.shape == images.shape
 
 
 def test_steps_until():

@@ -17,7 +17,8 @@ from kernels.conv_rows import pool_reference
 from kernels.conv_rows import reference as rows_reference
 from kernels.distance_map import combined_map_reference, distance_map_reference
 from kernels.runtime import has_tma
-from support.fast import calibrate_int8, cpu_has_bf16, optimize
+from support.calibration import calibrate_int8
+from support.fast import cpu_has_bf16, optimize
 from support.optimizers import make_adam
 from support.training import Step, augment, draw, teacher_outputs, turn_gray
 from train import losses_of

@@ -1,0 +1,78 @@
+"""Map normalization and threshold of a trained model, from normal images held out of training."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from efficientad import EfficientAD
+from support import int8
+from support.fast import FastEfficientAD
+from support.tiling import TiledEfficientAD
+from support.training import one_by_one
+
+NOISE = 2.0  # standard deviation, of 255
+
+
+def with_noise(images: Tensor) -> Tensor:
+    """uint8 images with Gaussian noise, the same for images of one shape."""
+    noise = NOISE * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    return (images + noise.to(images.device)).round().clamp(0, 255).to(torch.uint8)
+
+
+def set_threshold(model: EfficientAD, batches: Iterable[Tensor], scores: Tensor) -> None:
+    """The highest score of the images, or, if that is higher, of the means of an image's score and
+    its score with noise: what comes later is not taken in quite the same way. A tight threshold is
+    so raised to where such differences do not reach; one that a single image has set stays."""
+    noisy = torch.cat([model(with_noise(x))[1] for x in batches])
+    model.threshold.copy_(torch.maximum(scores, (scores + noisy) / 2).max())
+
+
+def fit_gaussian(model: EfficientAD, raw: list) -> Tensor:
+    """The ablation's baseline in place of `EfficientAD.fit_normalization`: mean 0 and variance 1
+    over all pixels of all `raw_maps`, the same linear map with q_a = μ and q_b = μ + 0.1·σ. Returns
+    the images' scores."""
+    quantiles = []
+    for maps in zip(*raw):
+        pixels = torch.cat(maps).double()
+        mean, std = pixels.mean(), pixels.std(correction=0)
+        quantiles.append([mean, mean + 0.1 * std])
+    return model.set_quantiles(raw, quantiles)
+
+
+@torch.no_grad()
+def calibrate(model: EfficientAD, images: Sequence, normalization: str, a: float, b: float) -> None:
+    """Map normalization from normal images, uint8 3×H×W by index (section 3.4), or with
+    `normalization` "gaussian" by `fit_gaussian`; the threshold by `set_threshold`. Then the same
+    for int8, on the CPU, where the model is left. The images' scores are kept in its
+    training_info."""
+    device = model.threshold.device
+    batches = one_by_one(images, device, "calibration")
+    if normalization == "gaussian":
+        model.eval()
+        scores = fit_gaussian(model, [model.raw_maps(x) for x in batches])
+    else:
+        scores = model.calibrate(batches, a, b)
+    model.training_info["scores"] = sorted(scores.tolist())
+    set_threshold(model, one_by_one(images, device, "with noise"), scores)
+    if normalization != "gaussian":
+        calibrate_int8(model.cpu(), one_by_one(images, torch.device("cpu"), "int8"), a, b)
+
+
+@torch.no_grad()
+def calibrate_int8(model: EfficientAD, batches: Iterable[Tensor], a=0.9, b=0.995) -> None:
+    """What int8 needs, from normal images held out of training, uint8 N×3×H×W, into the model's
+    training_info: ranges of the activations, and quantiles, scores and threshold measured in int8,
+    whose noise lifts the maps. Does nothing where int8 cannot run, or for images beyond TILE."""
+    model.training_info["int8"] = info = {}
+    batches = [] if int8.problem(model) else list(batches)
+    tiled = isinstance(model, TiledEfficientAD)
+    if not batches or (tiled and any(model.oversized(x) for x in batches)):
+        del model.training_info["int8"]
+        return
+    info["maxima"] = int8.measure_maxima(model, batches)
+    fast = FastEfficientAD(model, "int8", ())
+    scores = fast.fit_normalization([fast.raw_maps(x) for x in batches], a, b)
+    set_threshold(fast, batches, scores)
+    info |= {"quantiles": fast.quantiles.tolist(), "scores": sorted(scores.tolist())}
+    info["threshold"] = fast.threshold.item()
