@@ -21,11 +21,10 @@ def with_noise(images: Tensor) -> Tensor:
 
 
 def set_threshold(model: EfficientAD, batches: Iterable[Tensor], scores: Tensor) -> None:
-    """The highest score of the images, or, if that is higher, of the means of an image's score and
-    its score with noise: what comes later is not taken in quite the same way. A tight threshold is
-    so raised to where such differences do not reach; one that a single image has set stays."""
+    """The threshold is the highest score of the images, each raised by a quarter of what noise adds
+    to it: what comes later is not taken in quite the same way (docs/reliability.md)."""
     noisy = torch.cat([model(with_noise(x))[1] for x in batches])
-    model.threshold.copy_(torch.maximum(scores, (scores + noisy) / 2).max())
+    model.threshold.copy_((scores + (noisy - scores).clamp(min=0) / 4).max())
 
 
 def fit_gaussian(model: EfficientAD, raw: list) -> Tensor:

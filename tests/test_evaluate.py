@@ -65,6 +65,8 @@ def test_everything_that_an_evaluation_writes(own, tiny_demo, model, run_script)
     assert (training["model"], training["size"], training["steps"]) == ("efficientad", "small", 3)
     assert "| overall" in out and f"{100 * results['image_auroc']:.1f}" in out
     assert (own / "results.md").read_text() in out
+    observed = f"observed {100 * results['false_alarms']:.2g} % on 3 good test images, which are "
+    assert observed + results["drift"] in out and "standard deviations" in results["drift"]
 
     rows = {row["image"]: row for row in rows_of(own / "scores.csv")}
     assert len(rows) == 9 and {row["defect"] for row in rows.values()} == {"good", *types}
@@ -243,6 +245,8 @@ def test_recalibration_on_accepted_images(own, run_script, tmp_path, monkeypatch
     command = ("evaluate.py", "--run", own, *CPU, "--accept", "good")
     assert_refused(run_script(*command), "0.png (", "like a defect", "--yes")
     assert files(own) == {"model.pt": former, ".lock": b""}
+    scored = run_script(*command[:-2], "--images", "good")
+    assert "than the training images: the threshold is not for them" in scored[1], scored[2]
     status, out, err = run_script(*command, "--yes")
     assert status == 0 and out.count("reject -> ok") == 4, err
     assert "4 of 4 verdicts change" in out and "expect 20 % false alarms" in out

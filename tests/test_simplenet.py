@@ -206,6 +206,7 @@ def test_train_and_evaluate(command, tiny_demo, run_script, tmp_path):
     assert log[0].keys() == {"step", "lr", "real", "fake"} and log[0]["lr"] == log[1]["lr"] == 1e-4
     model = SimpleNet.load(str(run / "model.pt"))
     assert model.training_info["epochs"] == 2 and model.training_info["steps"] == 5
+    assert model.threshold.item() == model.training_info["scores"][-1]  # for p-values
     assert model.config["layers"] == (1, 3) and not model.config["adaptor"]
 
     status, out, err = run_script("evaluate.py", "--device", "cpu")

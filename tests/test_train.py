@@ -52,7 +52,9 @@ def test_run_folder_and_log(command, run_script, tmp_path):
     assert sorted(p.name for p in first.iterdir()) == [".lock", "log.jsonl", "model.pt"]
     model = load_model(first / "model.pt", EfficientAD)
     assert model.threshold.isfinite() and (model.quantiles[:, 1] > model.quantiles[:, 0]).all()
-    assert model.training_info["steps"] == 11 and model.training_info["validation_images"] == 1
+    info = model.training_info
+    assert info["steps"] == 11 and info["validation_images"] == 1 == len(info["scores"])
+    assert len(info["appearance"]["trained_on"]) == info["training_images"]
     log = log_of(first)
     assert log[0].keys() == {"step", "lr", "hard", "autoencoder", "student_autoencoder"}
     rates = {entry["step"]: entry["lr"] for entry in log}  # half a cosine
