@@ -28,12 +28,13 @@ import train
 from baselines import simplenet
 from efficientad import EfficientAD, ModelError
 from support import data
+from support.calibration import fit_gaussian
 from support.checkpoints import read_checkpoint
 from support.metrics import image_metrics
 from support.options import OptionError, RunOptions, make_parser, option, parse_options
 from support.report import table
 from support.runs import PATH_OPTIONS, holds_results, lock, remove_leftovers, run_command, write
-from support.training import fit_gaussian, one_by_one
+from support.training import one_by_one
 from tools.summary import cells, is_ablation, normalizations, summarize
 
 USAGE = "python -m tools.sweep --data DIR [options of the training] | --evaluate DIR [--tiff]"
