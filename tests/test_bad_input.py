@@ -106,7 +106,10 @@ def test_folders_that_cannot_be_used(tmp_path, run_script, run):
         (("--images", "nowhere"), ("nowhere", "no such folder")),
         (("--images", ""), ("no images",)),
         (("--images", "run/model.pt"), ("model.pt", "is a file, not a folder")),
-        (("--images", "a", "--tiff"), ("--images scores unlabelled images",)),
+        (("--images", "a", "--tiff"), ("--tiff goes without --images",)),
+        (("--images", "a", "--accept", "a"), ("--images and --accept: give one",)),
+        (("--accept", "nowhere"), ("nowhere", "no such folder")),
+        (("--yes",), ("--yes goes with --accept",)),
         (("--out", "o"), ("--out goes with --images",)),
     ):
         assert_refused(run_script("evaluate.py", "--run", run, *CPU, *command), *words)
