@@ -3,7 +3,7 @@
     python evaluate.py                               # the newest run
     python evaluate.py --run runs/bottle-small --tiff
     python evaluate.py --run runs/bottle-small --images new_photos
-    python evaluate.py --run runs/bottle-small --accept good_photos  # recalibrates in seconds
+    python evaluate.py --run runs/bottle-small --accept good_photos  # recalibrates
 
 Writes into the run folder: report.html, results.json, results.md, scores.csv, overlays/ (input,
 mask and each map) and, with --tiff, anomaly_maps/ as the official evaluation scripts of MVTec AD

@@ -40,11 +40,13 @@ def fit_gaussian(model: EfficientAD, raw: list) -> Tensor:
 
 
 @torch.no_grad()
-def calibrate(model: EfficientAD, images: Sequence, normalization: str, a: float, b: float) -> None:
+def calibrate(
+    model: EfficientAD, images: Sequence, normalization: str, a: float, b: float
+) -> list[float]:
     """Map normalization from normal images, uint8 3×H×W by index (section 3.4), or with
     `normalization` "gaussian" by `fit_gaussian`; the threshold by `set_threshold`. Then the same
-    for int8, on the CPU, where the model is left. The images' scores are kept in its
-    training_info."""
+    for int8, on the CPU, where the model is left. Returns the images' scores, which are kept in its
+    training_info too, sorted."""
     device = model.threshold.device
     batches = one_by_one(images, device, "calibration")
     if normalization == "gaussian":
@@ -56,6 +58,7 @@ def calibrate(model: EfficientAD, images: Sequence, normalization: str, a: float
     set_threshold(model, one_by_one(images, device, "with noise"), scores)
     if normalization != "gaussian":
         calibrate_int8(model.cpu(), one_by_one(images, torch.device("cpu"), "int8"), a, b)
+    return scores.tolist()
 
 
 @torch.no_grad()

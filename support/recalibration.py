@@ -3,7 +3,6 @@
 import statistics
 from pathlib import Path
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -18,15 +17,14 @@ from support.scoring import predict, verdict
 from support.training import one_by_one
 
 
-def verdicts(model: nn.Module, images: data.Images) -> list[tuple[float, str]]:
-    """Score and verdict of each image, as `score_folder` gives them."""
+def verdicts(model: nn.Module, images: data.Images, scores: list[float]) -> list[str]:
+    """The verdict of each image, as `score_folder` gives it."""
     info, found = model.training_info, []
     known, looks = info.get("scores", []), info.get("appearance")
-    for i in range(len(images)):
-        score = next(iter(predict(model, torch.from_numpy(images[i])[None])[1].values()))
+    for i, score in enumerate(scores):
         odd = differences(images.appearances[i], looks) if looks else []
         p = p_value(score, known) if known else None
-        found.append((score, verdict(score, model.threshold.item(), p, odd)))
+        found.append(verdict(score, model.threshold.item(), p, odd))
     return found
 
 
@@ -45,11 +43,13 @@ def recalibrate(run: Path, model: nn.Module, folder: Path, confirmed: bool, skip
         if look.fingerprint in trained_on:
             remedy = "the model was trained on it, so its score is too low: take such images out"
             raise data.DataError(f"{path}: {remedy}")
-    before = verdicts(model, images)
+    batches = one_by_one(images, model.threshold.device, "scoring")
+    scores = [next(iter(predict(model, x)[1].values())) for x in batches]
+    before = verdicts(model, images, scores)
     highest, known = model.threshold.item(), info.get("scores", [])
     if known and not confirmed:
         limit = 2 * highest - statistics.median(known)
-        odd = [f"{path} ({s:.3f})" for path, (s, _) in zip(images.paths, before) if not s <= limit]
+        odd = [f"{path} ({s:.3f})" for path, s in zip(images.paths, scores) if not s <= limit]
         if odd:
             problem = f"above every known score by far (threshold {highest:.3f}), like a defect"
             remedy = "take defects out, or confirm with --yes"
@@ -58,16 +58,17 @@ def recalibrate(run: Path, model: nn.Module, folder: Path, confirmed: bool, skip
     write(run / f"model-{number}.pt", (run / "model.pt").read_bytes())
     if isinstance(model, EfficientAD):
         how = info.get("map_normalization", "quantile"), info.get("a", 0.9), info.get("b", 0.995)
-        calibrate(model, images, *how)
+        scores = calibrate(model, images, *how)
     else:
         batches = one_by_one(images, model.threshold.device, "calibration")
-        info["scores"] = sorted(model.calibrate(batches).tolist())
+        scores = model.calibrate(batches).tolist()
+        info["scores"] = sorted(scores)
     kept = {"trained_on": sorted(trained_on)}
     info |= {"validation_images": len(images), "accepted": str(folder.resolve())}
     info["appearance"] = appearance_range(looks) | kept
     write_checkpoint(model.cpu().checkpoint(), run / "model.pt")
-    after, changed = verdicts(model, images), 0
-    for path, (_, old), (_, new) in zip(images.paths, before, after):
+    after, changed = verdicts(model, images, scores), 0
+    for path, old, new in zip(images.paths, before, after):
         if old != new:
             changed += 1
             print(f"{path.relative_to(folder)}: {old} -> {new}")
