@@ -3,7 +3,7 @@ by cuDNN, whichever is faster there."""
 
 import os
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import kernels
 from efficientad import PDN, use_kernels
 from kernels.runtime import has_tma
-from support.graphs import graph_milliseconds
+from support.graphs import beside, graph_milliseconds, side_stream
 
 CHANNELS_LAST = torch.channels_last
 
@@ -29,9 +29,23 @@ def four_channels(convolution: nn.Conv2d) -> None:
     convolution.in_channels = 4
 
 
+@lru_cache(maxsize=8)
+def cudnn_fuses(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether cuDNN applies bias and ReLU within a convolution, and rightly: tried once."""
+    if device.type != "cuda":
+        return False
+    x = torch.ones(1, 8, 4, 4, device=device, dtype=dtype).to(memory_format=CHANNELS_LAST)
+    weight, bias = torch.ones_like(x[:, :, :1, :1]).expand(8, 8, 1, 1).contiguous(), x[0, :, 0, 0]
+    try:
+        y = torch.cudnn_convolution_relu(x, weight, bias, (1, 1), (0, 0), (1, 1), 1)
+        return bool((y == 9).all())
+    except RuntimeError:
+        return False
+
+
 def convolve(x: Tensor, c: nn.Conv2d, relu: bool) -> Tensor:
-    """cuDNN adds bias and ReLU within the convolution."""
-    if relu and x.is_cuda:
+    """A convolution and, if `relu`, ReLU; one call where cuDNN can."""
+    if relu and cudnn_fuses(x.device, x.dtype):
         arguments = c.stride, c.padding, c.dilation, c.groups
         return torch.cudnn_convolution_relu(x, c.weight, c.bias, *arguments)
     y = c(x)
@@ -61,7 +75,7 @@ Features = tuple[Tensor | None, tuple[Tensor, ...]]  # one tensor; the teacher's
 
 class Layer(nn.Module):
     """A convolution of teacher and student, with ReLU and pool if they follow. A kernel computes
-    both in one tensor; the parts are slices of it. cuDNN computes each by itself."""
+    both in one tensor; the parts are slices of it. cuDNN computes each by itself, side by side."""
 
     def __init__(
         self, teacher: nn.Conv2d, student: nn.Conv2d, after: list[nn.Module], common: bool
@@ -107,9 +121,15 @@ class Layer(nn.Module):
             whole = self.kernel(torch.cat(parts, 1) if whole is None else whole)
             return whole, whole.split(self.outputs, 1)
         inputs = parts * len(self.own) if self.common else parts
-        outputs = [convolve(x, c, self.relu) for x, c in zip(inputs, self.own)]
-        outputs = tuple(outputs if self.pool is None else map(self.pool, outputs))
-        return outputs[0] if len(outputs) == 1 else None, outputs
+        calls = [partial(self.by_cudnn, x, c) for x, c in zip(inputs, self.own)]
+        if len(calls) == 1:
+            output = calls[0]()
+            return output, (output,)
+        return None, beside(*calls, side_stream(parts[0].device, "student"))
+
+    def by_cudnn(self, x: Tensor, convolution: nn.Conv2d) -> Tensor:
+        y = convolve(x, convolution, self.relu)
+        return y if self.pool is None else self.pool(y)
 
 
 class Pair(nn.Module):

@@ -24,8 +24,8 @@ def beside(first: Callable, second: Callable, stream: torch.cuda.Stream | None) 
 
 
 @lru_cache(maxsize=8)
-def side_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """A stream for `beside` on a GPU."""
+def side_stream(device: torch.device, purpose: str = "autoencoder") -> torch.cuda.Stream | None:
+    """A stream for `beside` on a GPU, one for each purpose."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
