@@ -277,10 +277,12 @@ def kernels_section(scope: Scope, device: torch.device) -> dict:
                 tensors = [x for x in (*arguments, *call(plain)) if isinstance(x, Tensor)]
             least_ms = sum(x.nbytes for x in tensors) / copy_gb_s / 1e6
             least_ms = max(least_ms, counter.get_total_flops() / products[HALF] / 1e9)
-            torch.compiler.reset()
-            # without graphs of its own: no graph can be captured within another
-            compiled = torch.compile(plain, mode="max-autotune-no-cudagraphs")
-            functions = {"ms": kernel, "eager ms": plain, "compiled ms": compiled}
+            functions = {"ms": kernel, "eager ms": plain}
+            if any("compile" in row for row in scope.rows):
+                torch.compiler.reset()
+                # without graphs of its own: no graph can be captured within another
+                compiled = torch.compile(plain, mode="max-autotune-no-cudagraphs")
+                functions["compiled ms"] = compiled
             times = {key: milliseconds(partial(call, f), device) for key, f in functions.items()}
             share = {"% of ceiling": 100 * least_ms / times["ms"]}
             rows.append({"kernel": name, "batch": batch, **times, **share})

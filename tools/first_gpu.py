@@ -1,5 +1,6 @@
 """The first minutes on a GPU: is it right, then how fast, what is worth most first."""
 
+import itertools
 import json
 import re
 import signal
@@ -8,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,18 +52,25 @@ def training(device: torch.device) -> dict:
 
 
 def parts(sections: dict[str, Callable], scope, device: torch.device) -> Iterator[tuple]:
-    """(name, function that measures it) in order of worth; each takes well under two minutes."""
-    yield "correctness", lambda: correctness(device)
-    for batch in scope.batches:
-        one = scope._replace(batches=(batch,))
-        yield f"kernels, batch {batch}", lambda one=one: sections["kernels"](one, device)
-    for name in scope.models:
+    """(name, function that measures it) in order of worth; what compiles for minutes is last."""
+    quick = scope._replace(rows=tuple(row for row in scope.rows if "compile" not in row))
+    slow = scope._replace(
+        rows=tuple(row for row in scope.rows if "compile" in row or row == "ours")
+    )
+
+    def each(scope, words: str = "") -> Iterator[tuple]:
         for batch in scope.batches:
-            one = scope._replace(models=(name,), batches=(batch,))
-            what = f"{name}, batch {batch}"
-            yield what, lambda one=one: sections["inference"](one, device)
-    yield "training steps", lambda: sections["training"](scope, device)
-    yield "training", lambda: training(device)
+            one = scope._replace(batches=(batch,))
+            yield f"kernels, batch {batch}{words}", partial(sections["kernels"], one, device)
+        for model, batch in itertools.product(scope.models, scope.batches):
+            one = scope._replace(models=(model,), batches=(batch,))
+            yield f"{model}, batch {batch}{words}", partial(sections["inference"], one, device)
+
+    yield "correctness", partial(correctness, device)
+    yield from each(quick)
+    yield "training steps", partial(sections["training"], scope, device)
+    yield "training", partial(training, device)
+    yield from each(slow, ", with torch.compile")
 
 
 class TimeOver(BaseException):
