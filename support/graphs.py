@@ -33,16 +33,17 @@ def graph_milliseconds(function: Callable, device: torch.device, repeats: int = 
     """The GPU's time of a call, by replaying a graph of it. Infinite, with a warning, for one that
     fails: a kernel that does not compile on this GPU is not taken."""
     try:
-        graphed = Graphed(function, device)
-        for _ in range(Graphed.WARM_UP + 1):
-            graphed()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(repeats):
-            graphed()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / repeats
+        with torch.cuda.device(device):
+            graphed = Graphed(function, device)
+            for _ in range(Graphed.WARM_UP + 1):
+                graphed()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(repeats):
+                graphed()
+            end.record()
+            end.synchronize()
+        return start.elapsed_time(end) / repeats if graphed.graph else float("inf")
     except Exception as error:  # of Triton, cuDNN or the driver
         warnings.warn(f"{type(error).__name__}: {error}".splitlines()[0])
         return float("inf")

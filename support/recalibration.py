@@ -1,6 +1,7 @@
 """Recalibration of a trained model on images that a person has confirmed as good."""
 
 import statistics
+import sys
 from pathlib import Path
 
 from torch import nn
@@ -37,6 +38,8 @@ def recalibrate(run: Path, model: nn.Module, folder: Path, confirmed: bool, skip
     images = data.Images(data.list_images(folder, recursive=True), model.image_size)
     images.skip_bad = skip_bad
     images.check(tqdm(range(len(images)), "decoding", unit="image"))
+    for error in images.errors.values():
+        print(f"skipped: {error}", file=sys.stderr)
     info, looks = model.training_info, list(images.appearances.values())
     trained_on = set(info.get("appearance", {}).get("trained_on", []))
     for path, look in zip(images.paths, looks):
@@ -54,7 +57,9 @@ def recalibrate(run: Path, model: nn.Module, folder: Path, confirmed: bool, skip
             problem = f"above every known score by far (threshold {highest:.3f}), like a defect"
             remedy = "take defects out, or confirm with --yes"
             raise data.DataError(f"{', '.join(odd)}: {problem}; {remedy}")
-    number = 1 + len(list(run.glob("model-*.pt")))
+    number = 1
+    while (run / f"model-{number}.pt").exists():
+        number += 1
     write(run / f"model-{number}.pt", (run / "model.pt").read_bytes())
     if isinstance(model, EfficientAD):
         how = info.get("map_normalization", "quantile"), info.get("a", 0.9), info.get("b", 0.995)

@@ -309,11 +309,12 @@ def accuracy_section(run: Path, device: torch.device, precision: str) -> dict:
             m, score = form(x)
             maps[name].append(m[0, 0].float().cpu().numpy())
             scores[name].append(score.item())
-        errors.append([map_error(*raw) for raw in zip(*(raw_maps(f, x) for f in forms.values()))])
+        pairs = zip(*(raw_maps(form, x) for form in forms.values()))
+        errors.append([map_error(fast, exact) for exact, fast in pairs])
     exact, approximate = (np.array(values) for values in scores.values())
     orders = [np.sign(s[:, None] - s) for s in (exact, approximate)]
     verdicts = [np.array(s) > forms[name].threshold.item() for name, s in scores.items()]
-    results = {"run": str(run), "precision": forms["fast form"].precision}
+    results = {"run": str(run), "precision": getattr(forms["fast form"], "precision", "fp32")}
     results["test images"] = len(images)
     for name, values in zip(forms, (exact, approximate)):
         results[f"image AU-ROC, {name}"] = image_auroc(values[good], values[~good])

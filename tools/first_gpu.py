@@ -32,7 +32,7 @@ def command(*words: object) -> str:
 
 def correctness(device: torch.device) -> dict:
     """Kernels, graphs and precision: the tests that have a GPU or compare with it."""
-    options = "-q", "-k", "gpu or cuda or graph", "-p", "no:cacheprovider"
+    options = "-q", "-k", "gpu or cuda or graph or captured", "-p", "no:cacheprovider"
     return {"tests on the GPU": command("-m", "pytest", *TESTS, *options)}
 
 
