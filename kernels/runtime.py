@@ -31,10 +31,13 @@ def runs_on(*tensors: Tensor) -> bool:
 
 
 def has_tma(device: torch.device) -> bool:
-    """Whether the GPU copies boxes of a matrix by itself: since Hopper (sm_90)."""
-    if triton is None or INTERPRETED:
+    """Whether the GPU copies boxes of a matrix by itself, since Hopper (sm_90), and has the 144 KiB
+    of shared memory that conv_rows.py takes."""
+    if triton is None or INTERPRETED or device.type != "cuda":
         return INTERPRETED
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", 2**18)
+    return properties.major >= 9 and shared >= 144 * 1024 + 256
 
 
 def operator(name: str, reference):

@@ -60,6 +60,7 @@ class FastEfficientAD(TiledEfficientAD):
     (AMD EPYC, M and S).
     """
 
+    @torch.no_grad()
     def __init__(self, model: EfficientAD, precision: str, batch_sizes: Sequence[int]):
         super().__init__(**model.config)
         device = model.threshold.device

@@ -19,7 +19,7 @@ from support.training import one_by_one
 
 
 def verdicts(model: nn.Module, images: data.Images, scores: list[float]) -> list[str]:
-    """The verdict of each image, as `score_folder` gives it."""
+    """The verdict of each image, as `score_folder` gives it, up to rounding."""
     info, found = model.training_info, []
     known, looks = info.get("scores", []), info.get("appearance")
     for i, score in enumerate(scores):
