@@ -5,7 +5,8 @@ windows needs no other program's. The map before pooling, four times the result,
 The kernel is an implicit GEMM. A row of the left matrix is the 4×4×C window under one output,
 gathered from the channels-last image. The right matrix is the weights. Products accumulate in fp32.
 Three colour channels become four, the last one 0: a pixel is one load of 8 bytes, and K = 4·4·4 =
-64 in the first stage. `split`: see conv_rows.py; on Hopper that computes the second stage.
+64 in the first stage. `split`: see conv_rows.py, which on Hopper computes the
+second stage of the fast form without padding.
 
 Cost of a 256² image without padding in fp16 or bf16 (126² and 61² positions after pooling), on an
 H200 at 4.3 TB/s and 790 TFLOP/s; not measured on a GPU yet:

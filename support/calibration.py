@@ -44,9 +44,9 @@ def calibrate(
     model: EfficientAD, images: Sequence, normalization: str, a: float, b: float
 ) -> list[float]:
     """Map normalization from normal images, uint8 3×H×W by index (section 3.4), or with
-    `normalization` "gaussian" by `fit_gaussian`; the threshold by `set_threshold`. Then the same
-    for int8, on the CPU, where the model is left. Returns the images' scores, which are kept in its
-    training_info too, sorted."""
+    `normalization` "gaussian" by `fit_gaussian`; the threshold by `set_threshold`. Then, but for
+    "gaussian", the same for int8, on the CPU, where the model is left. Returns the images' scores,
+    which are kept in its training_info too, sorted."""
     device = model.threshold.device
     batches = one_by_one(images, device, "calibration")
     if normalization == "gaussian":
