@@ -144,7 +144,8 @@ class SimpleNet(nn.Module):
         `support.fast.optimize`. Batch norms and the adaptor are multiplied into the layers beside
         them. A batch of one of `batch_sizes` is one CUDA graph launch on a GPU."""
         device, fast = self.threshold.device, copy.deepcopy(self).eval().requires_grad_(False)
-        dtype = DTYPES[choose_precision(precision, device)]
+        fast.precision = choose_precision(precision, device)
+        dtype = DTYPES[fast.precision]
         fold_batch_norms(fast.patch_features.trunk)
         linear, norm = fast.discriminator[:2]
         weight, bias = fast.first_layer()

@@ -1,6 +1,7 @@
 """What the kernels share: Triton if it is installed, their dispatch, and the check of arguments."""
 
 import os
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ def runs_on(*tensors: Tensor) -> bool:
     return there and all(t.dtype != torch.float64 for t in tensors)
 
 
+@lru_cache(maxsize=8)
 def has_tma(device: torch.device) -> bool:
     """Whether the GPU copies boxes of a matrix by itself, since Hopper (sm_90), and has the 144 KiB
     of shared memory that conv_rows.py takes."""
@@ -40,16 +42,17 @@ def has_tma(device: torch.device) -> bool:
     return properties.major >= 9 and shared >= 144 * 1024 + 256
 
 
-def operator(name: str, reference):
+def operator(name: str, reference, tma: bool = False):
     """Make a function that launches kernels a torch operator, which calls `reference` instead where
-    kernels cannot run. torch.compile and torch.export take it whole; the shapes are those that
-    `reference` gives for tensors without data."""
+    kernels, or the TMA if they need it, cannot run. torch.compile and torch.export take it whole;
+    the shapes are those that `reference` gives for tensors without data."""
 
     def register(launch):
         def dispatch(*arguments):
             tensors = [x for x in arguments if isinstance(x, Tensor)]
             with torch.cuda.device_of(tensors[0]):
-                return launch(*arguments) if runs_on(*tensors) else reference(*arguments)
+                can = runs_on(*tensors) and (not tma or has_tma(tensors[0].device))
+                return launch(*arguments) if can else reference(*arguments)
 
         schema = torch.library.infer_schema(launch, mutates_args=())
         op = torch.library.custom_op(name, dispatch, mutates_args=(), schema=schema)

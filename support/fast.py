@@ -1,20 +1,22 @@
 """The fast form of a trained EfficientAD."""
 
+import time
 import warnings
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efficientad import EfficientAD, ModelError, use_kernels
-from support import fast_gpu, int8
-from support.graphs import BatchGraphs, beside, side_stream
+from support import fast_gpu, int8, tiling
+from support.graphs import BatchGraphs, beside, cudnn_tunes, side_stream
 from support.tiling import TiledEfficientAD
 
 FOR_INFERENCE = "the fast form is for inference: train, calibrate and save its model"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAPS = "combined", "local", "global"
 PRECISIONS = ["auto", *DTYPES, "int8"]
 
 
@@ -77,16 +79,35 @@ class FastEfficientAD(TiledEfficientAD):
         if not all(bool(p.isfinite().all()) for p in self.parameters()):
             raise ModelError(f"a weight is beyond {self.precision}: choose another precision")
         if self.paired:
-            fast_gpu.fuse_relu(self.autoencoder)
+            fast_gpu.join_relu(self.autoencoder)
             self.pair = fast_gpu.Pair(self.teacher, self.student)
-            shape = ((*batch_sizes, 1)[0], 3, *self.image_size)
-            images = torch.randint(256, shape, dtype=torch.uint8, device=device)
-            self.choice = self.pair.choose(self.normalize(images))
+            began = time.time()
+            with cudnn_tunes():
+                choices = [self.choose(n) for n in batch_sizes or (1,)]
+            self.choice = "; ".join([*choices, f"chosen in {time.time() - began:.1f} s"])
         elif device.type == "cpu":
             self.fuse_relu(() if small else (self.teacher, self.student), DTYPES[half])
         if small:
             self.quantize(**model.training_info["int8"])
         self.passes = BatchGraphs(self.forward_pass, self.image_size, device, batch_sizes)
+
+    @cached_property
+    def predictions(self) -> BatchGraphs:
+        """What `predict` runs."""
+        device, batch_sizes = self.threshold.device, list(self.passes.graphs)
+        return BatchGraphs(self.all_maps, self.image_size, device, batch_sizes)
+
+    def choose(self, n: int) -> str:
+        """Choose how the layers are computed for n images, or for as many, or as many rows of one,
+        as are computed at once. Returns it in words."""
+        height, width = self.image_size
+        n = min(n, max(1, tiling.TILE // self.activation))
+        images = torch.randint(256, (n, 3, height, width), dtype=torch.uint8)
+        x = self.normalize(images)
+        if use_kernels(x) and not self.pair.with_kernels:
+            fast_gpu.fuse_if_faster(self.autoencoder, lambda: (self.autoencoder(x),))
+        rows = max(64, tiling.TILE * height // self.activation)
+        return self.pair.choose(x[:, :, :rows])
 
     def fuse_relu(self, pdns: Sequence[nn.Module], half: torch.dtype) -> None:
         """Let oneDNN apply the ReLUs of autoencoder and `pdns`, where it computes in their type."""
@@ -168,6 +189,16 @@ class FastEfficientAD(TiledEfficientAD):
             return self.passes(images)
         maps, scores = zip(*(self.passes(image) for image in images.split(1)))
         return torch.cat(maps), torch.cat(scores)
+
+    def all_maps(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Each map, then each score."""
+        maps, scores = super().predict(images)
+        return *maps.values(), *scores.values()
+
+    def predict(self, images: Tensor) -> tuple[dict, dict]:
+        """As EfficientAD's."""
+        results = self.predictions(images)
+        return dict(zip(MAPS, results[:3])), dict(zip(MAPS, results[3:]))
 
     def losses(self, *_) -> None:
         raise TypeError(FOR_INFERENCE)

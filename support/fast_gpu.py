@@ -1,9 +1,10 @@
 """Teacher and student of the fast form on a GPU: one launch for both a layer, by a Triton kernel or
 by cuDNN, whichever is faster there."""
 
+import math
 import os
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -29,45 +30,52 @@ def four_channels(convolution: nn.Conv2d) -> None:
     convolution.in_channels = 4
 
 
-@lru_cache(maxsize=8)
-def cudnn_fuses(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether cuDNN applies bias and ReLU within a convolution, and rightly: tried once."""
-    if device.type != "cuda":
-        return False
-    x = torch.ones(1, 8, 4, 4, device=device, dtype=dtype).to(memory_format=CHANNELS_LAST)
-    weight, bias = torch.ones_like(x[:, :, :1, :1]).expand(8, 8, 1, 1).contiguous(), x[0, :, 0, 0]
-    try:
-        y = torch.cudnn_convolution_relu(x, weight, bias, (1, 1), (0, 0), (1, 1), 1)
-        return bool((y == 9).all())
-    except RuntimeError:
-        return False
+class Convolution(nn.Module):
+    """A convolution and, if `relu`, the ReLU behind it; with `fused` in one call of cuDNN."""
 
-
-def convolve(x: Tensor, c: nn.Conv2d, relu: bool) -> Tensor:
-    """A convolution and, if `relu`, ReLU; one call where cuDNN can."""
-    if relu and cudnn_fuses(x.device, x.dtype):
-        arguments = c.stride, c.padding, c.dilation, c.groups
-        return torch.cudnn_convolution_relu(x, c.weight, c.bias, *arguments)
-    y = c(x)
-    return y.relu() if relu else y
-
-
-class CudnnConvReLU(nn.Module):
-    """A convolution and the ReLU behind it as one call."""
-
-    def __init__(self, convolution: nn.Conv2d):
+    def __init__(self, convolution: nn.Conv2d, relu: bool):
         super().__init__()
-        self.convolution = convolution
+        self.convolution, self.relu, self.fused = convolution, relu, False
 
     def forward(self, x: Tensor) -> Tensor:
-        return convolve(x, self.convolution, True)
+        c = self.convolution
+        if self.relu and self.fused:
+            arguments = c.stride, c.padding, c.dilation, c.groups
+            return torch.cudnn_convolution_relu(x, c.weight, c.bias, *arguments)
+        y = c(x)
+        return y.relu() if self.relu else y
 
 
-def fuse_relu(network: nn.Sequential) -> None:
+def join_relu(network: nn.Sequential) -> None:
     """Replace each convolution that a ReLU follows, in place. Layers keep their places."""
     for i, layer in enumerate(list(network)[:-1]):
         if isinstance(layer, nn.Conv2d) and isinstance(network[i + 1], nn.ReLU):
-            network[i], network[i + 1] = CudnnConvReLU(layer), nn.Identity()
+            network[i], network[i + 1] = Convolution(layer, True), nn.Identity()
+
+
+def relative_error(outputs: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+    """The largest RMS difference over the RMS of what is expected; NaN is infinitely wrong."""
+    pairs = [(y.float(), e.float()) for y, e in zip(outputs, expected)]
+    errors = torch.stack([(y - e).norm() / e.norm() for y, e in pairs])
+    return errors.nan_to_num(math.inf).max().item()
+
+
+def fuse_if_faster(
+    network: nn.Module, call: Callable, milliseconds: Callable = graph_milliseconds
+) -> None:
+    """Let cuDNN apply ReLU within the network's convolutions if it can, if `call()`, a tuple of
+    tensors, stays the same up to rounding, and if it is faster so."""
+    convolutions = [layer for layer in network.modules() if isinstance(layer, Convolution)]
+    expected, before = call(), milliseconds(call, call()[0].device)
+    for layer in convolutions:
+        layer.fused = True
+    try:
+        gain = relative_error(call(), expected) < 0.01
+        gain = gain and milliseconds(call, expected[0].device) < before
+    except RuntimeError:  # this cuDNN cannot
+        gain = False
+    for layer in convolutions:
+        layer.fused = gain
 
 
 Features = tuple[Tensor | None, tuple[Tensor, ...]]  # one tensor; the teacher's and the student's
@@ -81,18 +89,19 @@ class Layer(nn.Module):
         self, teacher: nn.Conv2d, student: nn.Conv2d, after: list[nn.Module], common: bool
     ):
         super().__init__()
-        self.own = nn.ModuleList([teacher] if teacher is student else [teacher, student])
         self.relu = any(isinstance(layer, nn.ReLU) for layer in after)
+        own = [teacher] if teacher is student else [teacher, student]
+        self.own = nn.ModuleList(Convolution(c, self.relu) for c in own)
         self.pool = next((layer for layer in after if isinstance(layer, nn.AvgPool2d)), None)
         self.common = common  # both read one tensor
         self.padding = teacher.padding[0]
         self.kernel = self.find_kernel(teacher, student)
         if self.kernel:  # the weights of both in one; cuDNN's are slices of them
-            weight = torch.cat([c.weight for c in self.own]).contiguous(memory_format=CHANNELS_LAST)
-            self.weight, self.bias = weight, torch.cat([c.bias for c in self.own])
-            self.outputs = [len(c.weight) for c in self.own]
+            weight = torch.cat([c.weight for c in own]).contiguous(memory_format=CHANNELS_LAST)
+            self.weight, self.bias = weight, torch.cat([c.bias for c in own])
+            self.outputs = [len(c.weight) for c in own]
             self.split = 0 if common else self.outputs[0]
-            for c, w in zip(self.own, weight.split(self.outputs)):
+            for c, w in zip(own, weight.split(self.outputs)):
                 c.weight = nn.Parameter(w, requires_grad=False)
 
     def find_kernel(self, teacher: nn.Conv2d, student: nn.Conv2d) -> Callable | None:
@@ -127,15 +136,15 @@ class Layer(nn.Module):
             return output, (output,)
         return None, beside(*calls, side_stream(parts[0].device, "student"))
 
-    def by_cudnn(self, x: Tensor, convolution: nn.Conv2d) -> Tensor:
-        y = convolve(x, convolution, self.relu)
+    def by_cudnn(self, x: Tensor, convolution: Convolution) -> Tensor:
+        y = convolution(x)
         return y if self.pool is None else self.pool(y)
 
 
 class Pair(nn.Module):
     """Teacher and student without their last rounding: normalized images N×4×H×W in half precision
     -> their outputs N×384×h×w and N×768×h×w. `with_kernels`: of each layer, whether its kernel
-    computes it."""
+    computes it, by the number of images; for another number as for the first."""
 
     def __init__(self, teacher: PDN, student: PDN):
         super().__init__()
@@ -145,34 +154,30 @@ class Pair(nn.Module):
             own, after = (teacher[i], student[i]), list(teacher)[i + 1 : following]
             self.layers.append(Layer(*own, after, common))
             common = common and own[0] is own[1]
-        self.with_kernels = [False] * len(self.layers)
+        self.with_kernels: dict[int, list[bool]] = {}
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        features = x, (x,)
-        for layer, with_kernel in zip(self.layers, self.with_kernels):
-            features = layer(features, with_kernel)
+        features, first = (x, (x,)), next(iter(self.with_kernels.values()))
+        for layer, chosen in zip(self.layers, self.with_kernels.get(len(x), first)):
+            features = layer(features, chosen)
         return features[1]
 
     def choose(self, x: Tensor, milliseconds: Callable = graph_milliseconds) -> str:
-        """Choose for each layer what is faster for features like x's, and check that the mixture
-        beats all kernels and no kernel. Returns what was chosen, in words.
+        """Choose for each layer what is faster for as many images as x has, and check that the
+        mixture beats all kernels and no kernel. Returns what was chosen, in words.
 
         EFFICIENTAD_KERNELS=1 takes every kernel and 0 none, without measuring."""
-        there = [layer.kernel is not None for layer in self.layers]
+        n, there = len(x), [layer.kernel is not None for layer in self.layers]
+        none = [False] * len(there)
         if not use_kernels(x):
-            self.with_kernels = [False] * len(there)
+            self.with_kernels[n] = none
             return "no kernels"
         if os.environ.get("EFFICIENTAD_KERNELS") == "1":
-            self.with_kernels = there
+            self.with_kernels[n] = there
             return "every kernel, by EFFICIENTAD_KERNELS=1"
-        torch.backends.cudnn.benchmark, before = True, torch.backends.cudnn.benchmark
-        try:
-            return self.race(x, there, milliseconds)
-        finally:
-            torch.backends.cudnn.benchmark = before
-
-    def race(self, x: Tensor, there: list[bool], milliseconds: Callable) -> str:
-        """`choose`, by measure; cuDNN has chosen its fastest algorithms."""
+        if not self.with_kernels:
+            self.with_kernels[n] = none
+            fuse_if_faster(self, partial(self, x), milliseconds)
         mixture, features = [], (x, (x,))
         for layer, possible in zip(self.layers, there):
             times = {}
@@ -180,10 +185,11 @@ class Pair(nn.Module):
                 times[with_kernel] = milliseconds(partial(layer, features, with_kernel), x.device)
             mixture.append(min(times, key=times.get))
             features = layer(features, mixture[-1])
-        candidates, totals = [mixture, there, [False] * len(there)], []
+        candidates, totals = [mixture, there, none], []
         for candidate in candidates:
-            self.with_kernels = candidate
+            self.with_kernels[n] = candidate
             totals.append(milliseconds(partial(self, x), x.device))
-        self.with_kernels = candidates[totals.index(min(totals))]
-        names = ["kernel" if chosen else "cuDNN" for chosen in self.with_kernels]
-        return f"{', '.join(names)}: {min(totals):.3f} ms, cuDNN alone {totals[2]:.3f}"
+        self.with_kernels[n] = candidates[totals.index(min(totals))]
+        names = ["kernel" if chosen else "cuDNN" for chosen in self.with_kernels[n]]
+        times = f"{min(totals):.3f} ms, cuDNN alone {totals[2]:.3f}"
+        return f"batch {n}: {', '.join(names)}: {times}"

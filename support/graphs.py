@@ -2,7 +2,8 @@
 
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, partial
 
 import torch
@@ -49,6 +50,16 @@ def graph_milliseconds(function: Callable, device: torch.device, repeats: int = 
         return float("inf")
 
 
+@contextmanager
+def cudnn_tunes() -> Iterator[None]:
+    """Within it cuDNN times its algorithms for each new shape."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 class Graphed:
     """A function of no arguments as one CUDA graph; the tensors that it reads and writes must stay
     where they are. The first calls are ordinary ones on a side stream, as torch wants before a
@@ -85,7 +96,9 @@ class Graphed:
         """Record the graph; it computes nothing yet."""
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self.stream):
+            # another thread, such as a data loader's, may call the GPU meanwhile
+            mode = {"capture_error_mode": "thread_local"}
+            with torch.cuda.graph(graph, stream=self.stream, **mode):
                 self.result = self.function()
         except RuntimeError as error:
             warnings.warn(f"no CUDA graph, each kernel is launched by itself: {error}")
@@ -95,33 +108,41 @@ class Graphed:
 
 
 class BatchGraphs:
-    """A model's forward pass, uint8 N×3×H×W on any device -> (map, score). On a GPU a batch of one
-    of `batch_sizes` is one graph launch behind a copy of the images. The caller may overwrite its
-    images at once, and call from several threads and streams: calls take turns."""
+    """A function of a model: uint8 N×3×H×W on any device -> a tuple of tensors. On a GPU a batch of
+    one of `batch_sizes` is one graph launch behind a copy of the images. The caller may overwrite
+    its images at once, and call from several threads and streams: calls take turns."""
 
-    def __init__(self, forward: Callable, image_size, device: torch.device, batch_sizes: Sequence):
-        self.forward, self.graphs = forward, {}  # by batch size: images' buffer, its graph
-        self.turn = threading.Lock()
-        self.done = torch.cuda.Event() if device.type == "cuda" else None
-        benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
-        for n in batch_sizes if device.type == "cuda" else ():
-            buffer = torch.zeros(n, 3, *image_size, dtype=torch.uint8, device=device)
-            self.graphs[n] = buffer, Graphed(partial(forward, buffer), device)
-            for _ in range(Graphed.WARM_UP + 1):
-                self.graphs[n][1]()
-        torch.backends.cudnn.benchmark = benchmark
+    turn = threading.Lock()  # of all models: a capture does not bear another's launch
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        buffer, graph = self.graphs.get(len(images), (None, None))
-        if graph is None or images.dtype != buffer.dtype or images.shape != buffer.shape:
-            return self.forward(images)
-        current = torch.cuda.current_stream(buffer.device)
+    def __init__(self, function: Callable, image_size, device: torch.device, batch_sizes: Sequence):
+        self.function, self.graphs = function, {}  # by batch size: images' buffer, its graph
+        self.device, self.done = device, torch.cuda.Event() if device.type == "cuda" else None
+        for n in batch_sizes if self.done else ():
+            with torch.inference_mode(False):  # else it could only be written within that mode
+                buffer = torch.zeros(n, 3, *image_size, dtype=torch.uint8, device=device)
+            self.graphs[n] = buffer, Graphed(partial(function, buffer), device)
+        with self.turn, cudnn_tunes():
+            for _, graph in self.graphs.values():
+                for _ in range(Graphed.WARM_UP + 1):
+                    graph()
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
+        if self.done is None:
+            return self.function(images)
+        current = torch.cuda.current_stream(self.device)
         with self.turn:
             current.wait_event(self.done)
-            if images.is_cuda or images.is_pinned():  # a camera may refill its own pinned memory
-                buffer.copy_(images)
-            else:
-                buffer.copy_(images.contiguous().pin_memory(), non_blocking=True)
-            m, score = (result.clone() for result in graph())  # the graph's own are overwritten
+            results = self.launch(images)
             self.done.record(current)
-        return m, score
+        return results
+
+    def launch(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Nothing waits; an earlier call's work is over when this one's begins."""
+        buffer, graph = self.graphs.get(len(images), (None, None))
+        if graph is None or images.dtype != buffer.dtype or images.shape != buffer.shape:
+            return self.function(images)
+        if images.is_cuda or images.is_pinned():  # a camera may refill its own pinned memory
+            buffer.copy_(images)
+        else:
+            buffer.copy_(images.contiguous().pin_memory(), non_blocking=True)
+        return tuple(result.clone() for result in graph())  # the graph's own are overwritten

@@ -34,7 +34,7 @@ def recalibrate(run: Path, model: nn.Module, folder: Path, confirmed: bool, skip
     folder, all that calibration then rests on, and print whose verdict changes. The former model
     stays in the run as model-1.pt, model-2.pt, … Raises DataError for a training image among them,
     whose score says nothing about new ones, and, unless `confirmed`, for one that looks like a
-    defect: as far above the highest known score as that is above the median, or farther."""
+    defect: as far above the threshold as that is above the median known score, or farther."""
     images = data.Images(data.list_images(folder, recursive=True), model.image_size)
     images.skip_bad = skip_bad
     images.check(tqdm(range(len(images)), "decoding", unit="image"))
@@ -42,6 +42,8 @@ def recalibrate(run: Path, model: nn.Module, folder: Path, confirmed: bool, skip
         print(f"skipped: {error}", file=sys.stderr)
     info, looks = model.training_info, list(images.appearances.values())
     trained_on = set(info.get("appearance", {}).get("trained_on", []))
+    if not trained_on:
+        print("note: an older model; whether it was trained on some of them cannot be told")
     for path, look in zip(images.paths, looks):
         if look.fingerprint in trained_on:
             remedy = "the model was trained on it, so its score is too low: take such images out"
@@ -49,12 +51,12 @@ def recalibrate(run: Path, model: nn.Module, folder: Path, confirmed: bool, skip
     batches = one_by_one(images, model.threshold.device, "scoring")
     scores = [next(iter(predict(model, x)[1].values())) for x in batches]
     before = verdicts(model, images, scores)
-    highest, known = model.threshold.item(), info.get("scores", [])
+    threshold, known = model.threshold.item(), info.get("scores", [])
     if known and not confirmed:
-        limit = 2 * highest - statistics.median(known)
+        limit = 2 * threshold - statistics.median(known)
         odd = [f"{path} ({s:.3f})" for path, s in zip(images.paths, scores) if not s <= limit]
         if odd:
-            problem = f"above every known score by far (threshold {highest:.3f}), like a defect"
+            problem = f"above the threshold of {threshold:.3f} by far, like a defect"
             remedy = "take defects out, or confirm with --yes"
             raise data.DataError(f"{', '.join(odd)}: {problem}; {remedy}")
     number = 1

@@ -1,6 +1,7 @@
 """How a training step is computed fast: order of the batches, augmentation, the four losses with
 one student pass, kept teacher outputs, fixed buffers and a CUDA graph."""
 
+import copy
 import ctypes
 import math
 import os
@@ -226,14 +227,17 @@ def steps_until(
 ) -> int:
     """How many steps fit in if calibration shall be over at the time `end`, by measure: it takes
     some. At least one."""
-    image = torch.as_tensor(validation[0])[None].to(model.threshold.device)
+    image, device = torch.as_tensor(validation[0])[None], model.threshold.device
     moments, share = [], 0.02 * (end - time.time())
     while len(moments) < 15 or moments[-1] - moments[4] < share:
         sum(take_step(len(moments)).values()).item()
         moments.append(time.time())
-    with torch.no_grad():
-        model.raw_maps(image)[0].cpu()
-    calibration = 4 * len(validation) * (time.time() - moments[-1])  # with noise, int8 too
+    calibration = 0.0  # two passes an image, one with noise, and as many on the CPU for int8
+    for m in (model, copy.deepcopy(model).cpu() if device.type == "cuda" else model):
+        begun = time.time()
+        with torch.no_grad():
+            m.raw_maps(image.to(m.threshold.device))[0].cpu()
+        calibration += 2 * len(validation) * (time.time() - begun)
     step = (moments[-1] - moments[4]) / (len(moments) - 5)  # the first ones are slow
     return max(1, int((end - calibration - time.time()) / step))
 

@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
+import signal
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -61,15 +64,15 @@ def test_kernels_section_on_a_cpu(monkeypatch):
 
 
 def test_first_gpu(tmp_path, monkeypatch, capsys):
-    """Parts in order of worth; one that fails leaves the others, time ends in the middle of one,
-    and the figures find their places. Stand-ins for what a GPU measures."""
-    seen = []
+    """Parts in order of worth; one that fails, or that ends its process, leaves the others, time
+    ends in the middle of one, and the figures find their places. Stand-ins for what a GPU
+    measures."""
 
     def inference(scope, device):
-        seen.append((*scope.models, *scope.batches))
         if scope.models == ("EfficientAD-M",):
-            while True:  # a compiler
-                pass
+            time.sleep(100)  # a compiler
+        if scope.batches == (16,):
+            os.kill(os.getpid(), signal.SIGKILL)
         return {"inference": [{"row": "ours", "ms": float(scope.batches[0])}]}
 
     def kernels(scope, device):
@@ -77,17 +80,22 @@ def test_first_gpu(tmp_path, monkeypatch, capsys):
             raise RuntimeError("no kernel image\nis available")
         return {"copy, GB/s": 3000.0, "kernels": [{"kernel": "quantile", "ms": 0.25}]}
 
-    sections = {"inference": inference, "kernels": kernels, "training": None}
+    sections = {"inference": inference, "kernels": kernels, "training": kernels}
     monkeypatch.setattr(benchmark, "SECTIONS", sections)
-    monkeypatch.setattr(first_gpu, "correctness", lambda device: {"tests on the GPU": "3 passed"})
-    options = f"--first-gpu --minutes 0.02 --device cpu --json {tmp_path / 'gpu.json'}"
+    monkeypatch.setattr(first_gpu, "START", "fork")  # the stand-ins are this process's
+    monkeypatch.setattr(first_gpu, "correctness", lambda tests, seconds: {tests: "3 passed"})
+    options = f"--first-gpu --minutes 0.04 --device cpu --json {tmp_path / 'gpu.json'}"
     benchmark.main(options.split())
     results = json.loads((tmp_path / "gpu.json").read_text())
-    assert seen[:3] == [(m, b) for m in ("EfficientAD-S", "EfficientAD-M") for b in (1, 16)][:3]
-    assert results["tests on the GPU"] == "3 passed" and results["command"].endswith("gpu.json")
+    assert results["tests/test_kernels.py"] == "3 passed"
+    assert results["command"].endswith("gpu.json")
     assert results["kernels, batch 16"] == "RuntimeError: no kernel image"
-    assert results["EfficientAD-M, batch 1"] == "cut short" and len(results["inference"]) == 2
+    assert results["EfficientAD-S, batch 16"] == f"exit status {-signal.SIGKILL}"
+    assert results["EfficientAD-M, batch 1"] == "cut short" and len(results["inference"]) == 1
+    assert list(results)[-1] == "EfficientAD-M, batch 1"
     assert "| ours |" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="exit status 2: .*no such"):
+        first_gpu.command("evaluate.py", "--run", tmp_path / "gone")
 
     for name in ("README.md", "docs/speed.md"):
         put(tmp_path / name, (ROOT / name).read_bytes())

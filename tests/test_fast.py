@@ -76,7 +76,7 @@ def test_the_gpus_form_computes_the_same(size, padding, shared_stem, monkeypatch
     model.eval()
     x = torch.randint(256, (1, 3, 128, 128), dtype=torch.uint8)
     fast = optimize(model, "bf16")
-    assert fast.choice == "no kernels"
+    assert fast.choice.startswith("no kernels; chosen in 0.")
     with torch.inference_mode():
         expected = [y.float() for y in model.features(x)]
         layers = [layer.kernel and layer.kernel.__name__ for layer in fast.pair.layers]
@@ -88,7 +88,7 @@ def test_the_gpus_form_computes_the_same(size, padding, shared_stem, monkeypatch
         for some in (0, 1, 2, 3):
             chosen = [bool(i % 2) if some > 1 else bool(some) for i in range(len(layers))]
             chosen = [c != (some == 3) and k is not None for c, k in zip(chosen, layers)]
-            fast.pair.with_kernels = chosen
+            fast.pair.with_kernels[1] = chosen
             for y, plain in zip(fast.features(x), expected, strict=True):
                 assert rms_ratio(y.float(), plain) < 0.03, chosen
 
@@ -105,17 +105,52 @@ def test_the_gpus_form_takes_what_is_faster(monkeypatch):
         clock = iter(times)
         choice = pair.choose(x, lambda function, device: next(clock))
         assert next(clock, None) is None
-        return pair.with_kernels, choice
+        return pair.with_kernels[1], choice
 
     layers = (1, 2, 1, 2, 2, 1, 3, float("inf"))  # kernel, cuDNN of each
     for totals, expected in (((5, 6, 7), [1, 1, 0, 1]), ((5, 4, 7), [1] * 4), ((5, 6, 4), [0] * 4)):
         chosen, words = choose(*layers, *totals)
         assert chosen == [bool(e) for e in expected]
+        assert words.startswith("batch 1: ")
         assert f"{min(totals):.3f} ms, cuDNN alone {totals[2]:.3f}" in words
     monkeypatch.setenv("EFFICIENTAD_KERNELS", "1")
     assert choose()[0] == [True] * 4
     monkeypatch.setattr(fast_gpu, "use_kernels", lambda *tensors: False)
     assert choose() == ([False] * 4, "no kernels")
+
+
+def test_cudnn_fuses_relu_where_it_is_right_and_faster(monkeypatch):
+    """A stand-in for cuDNN's convolution with ReLU: right, off in one element, impossible."""
+    torch.manual_seed(0)
+    network, x = (
+        torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.ReLU()),
+        torch.rand(1, 4, 5, 5),
+    )
+    expected = network(x)
+    fast_gpu.join_relu(network)
+
+    def right(x, weight, bias, stride, padding, dilation, groups):
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups).relu()
+
+    def wrong(x, *arguments):
+        y = right(x, *arguments)
+        y[0, 0, 0, 0] = torch.nan
+        return y
+
+    def impossible(*_):
+        raise RuntimeError("no engine")
+
+    for cudnn, after, fused in (
+        (right, 1, True),
+        (right, 3, False),
+        (wrong, 1, False),
+        (impossible, 1, False),
+    ):
+        monkeypatch.setattr(torch, "cudnn_convolution_relu", cudnn)
+        clock = iter((2, after))
+        fast_gpu.fuse_if_faster(network, lambda: (network(x),), lambda *_: next(clock))
+        assert network[0].fused == fused
+        torch.testing.assert_close(network(x), expected)
 
 
 def test_fast_form_leaves_the_model_alone_and_refuses_what_it_cannot_do(demo_images, trained):
@@ -201,18 +236,37 @@ def test_graph_calls_take_turns_and_leave_the_callers_memory(pinned, monkeypatch
     order = [("stream", "wait_event"), copies[0], ("graph",), ("result", "clone")]
     order += [("result", "clone"), ("done", "record")]
     assert [call for call in calls if call[0] != "images"] == order and not passes.turn.locked()
+    passes.graphs, calls[:] = {}, []  # of another batch size
+    passes.function = lambda images: calls.append(("pass", passes.turn.locked()))
+    passes(Recorder("images", calls))
+    assert calls == [("stream", "wait_event"), ("pass", True), ("done", "record")]
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
-def test_cuda_graphs_compute_what_eager_calls_do(demo_images, trained):
-    model = trained(4).cuda()
-    fast = optimize(model, batch_sizes=(1, 2))
+@pytest.mark.parametrize("kernels", ["0", "1", "auto"])
+@pytest.mark.parametrize(
+    "size, padding, shared_stem",
+    [("small", False, True), ("small", True, False), ("medium", False, False)],
+)
+def test_cuda_graphs_compute_what_eager_calls_do(
+    size, padding, shared_stem, kernels, demo_images, trained, monkeypatch
+):
+    """Without, with every, and with the faster kernels."""
+    monkeypatch.setenv("EFFICIENTAD_KERNELS", kernels)
+    monkeypatch.setattr(efficientad, "KERNELS", kernels != "0")
+    model = trained(4, size=size, padding=padding, shared_stem=shared_stem).cuda()
     with torch.inference_mode():
         expected, _ = model(demo_images[:3].cuda())
+        raw = [m[:1] for m in model.maps(demo_images[:3].cuda()).values()]
+    fast = optimize(model, batch_sizes=(1, 2))
     for n in (1, 2, 3, 1):
         images = demo_images[:n]
         assert rms_ratio(fast(images)[0], expected[:n]) < 0.01  # fp16, through pinned memory
         assert torch.equal(fast(images)[0], fast(images.cuda())[0])
+    for m, plain in zip(fast.predict(demo_images[:1])[0].values(), raw):
+        assert rms_ratio(m, plain) < 0.02
+    for passes, sizes in ((fast.passes, (1, 2)), (fast.predictions, (1, 2))):
+        assert all(passes.graphs[n][1].graph for n in sizes)  # captured
 
 
 # ------------------------------------------------------------------------------------ precision

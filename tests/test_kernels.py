@@ -129,7 +129,8 @@ def test_shipped_configurations_compile(capability, shared_kib, monkeypatch, tmp
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     monkeypatch.setattr(JITFunction, "run", compile_only)
-    monkeypatch.setattr(sys.modules["kernels.runtime"], "runs_on", lambda *tensors: True)
+    for condition in ("runs_on", "has_tma"):
+        monkeypatch.setattr(sys.modules["kernels.runtime"], condition, lambda *tensors: True)
     if capability == 90:
         launch_everything(tma=True)
     else:  # bfloat16 gives the same code but for its conversions

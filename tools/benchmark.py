@@ -52,7 +52,7 @@ from support.scoring import fast_form
 from support.training import one_by_one, prepare_torch
 from tools.benchmark_rows import FP32, HALF, ROWS, kernel_cases, our_step, plain_step
 from tools.benchmark_tables import section, show
-from tools.first_gpu import first_gpu, put_in_place
+from tools.first_gpu import ROOT, first_gpu, put_in_place
 
 USAGE = "python -m tools.benchmark [options]"
 
@@ -176,7 +176,8 @@ def measure_rows(model: nn.Module, images: Tensor, names: tuple, budget: float) 
         print(f"{type(model).__name__} {tuple(images.shape)}: {name}", file=sys.stderr)
         before = memory(device)
         try:
-            with warnings.catch_warnings(action="ignore"):
+            with warnings.catch_warnings(record=True) as notes:
+                warnings.simplefilter("always")
                 function = ROWS[name][0](model, images)
                 function(images)
             memory(device)
@@ -187,6 +188,9 @@ def measure_rows(model: nn.Module, images: Tensor, names: tuple, budget: float) 
         peak = None if before is None else memory(device, peak=True) - before
         first = m if first is None else first
         about[name] = {"peak MiB": peak, "map error": map_error(m, first)}
+        if choice := getattr(function, "choice", ""):
+            ours = [str(note.message) for note in notes if str(ROOT) in note.filename]
+            about[name]["how"] = "; ".join([choice, *ours])
         functions[name] = partial(function, images)
     latencies = take_turns(functions, budget)
     for name, latency in latencies.items():
@@ -337,8 +341,9 @@ def au_pro_of(maps: list[np.ndarray], category: Category) -> float | None:
     """AU-PRO of the test images' maps, or None without masks."""
     localization = Localization()
     for m, sample in zip(maps, category.test):
-        mask = Image.fromarray(sample.mask(read_image(sample.path).size[::-1]))
-        localization.add(m, np.asarray(mask.resize(m.shape[::-1])), sample.defect)
+        mask = Image.fromarray(np.uint8(255) * sample.mask(read_image(sample.path).size[::-1]))
+        mask = mask.resize(m.shape[::-1], Image.Resampling.BOX)  # a small defect stays
+        localization.add(m, np.asarray(mask) > 0, sample.defect)
     if not localization.located:
         return None
     localization.measure(maps)
@@ -393,7 +398,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.first_gpu:
         write(Path(options.json), json.dumps(results))
         few = FIRST._replace(budget=options.budget or FIRST.budget)
-        results = first_gpu(SECTIONS, few, device, options.minutes, Path(options.json))
+        results = first_gpu(Path(options.json), SECTIONS, few, device, options.minutes)
     elif options.accuracy:
         results |= accuracy_section(Path(options.accuracy), device, options.precision)
     else:

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import multiprocessing
+import os
 import re
 import signal
 import subprocess
@@ -9,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -16,24 +19,33 @@ import torch
 
 from support.data import DataError
 from support.runs import write
+from support.training import prepare_torch
 from tools.benchmark_tables import section
 
 ROOT = Path(__file__).parent.parent
 TESTS = ("tests/test_kernels.py", "tests/test_fast.py", "tests/test_training.py")
+START = "spawn"  # CUDA does not survive a fork
 BEGIN, END = "<!-- begin of what --readme writes -->", "<!-- end -->"
 
 
-def command(*words: object) -> str:
-    """The last line that a Python command prints."""
-    words = [sys.executable, *map(str, words)]
-    process = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    return (process.stdout.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
+def command(*words: object, seconds: float | None = None, check: bool = True) -> list[str]:
+    """The lines that a Python command prints. Raises RuntimeError with the last one if it fails,
+    unless `check` is False, TimeoutExpired after so many seconds."""
+    words, pipe = [sys.executable, *map(str, words)], {"stdout": subprocess.PIPE}
+    pipe |= {"stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    process = subprocess.run(words, cwd=ROOT, timeout=seconds, **pipe)
+    lines = process.stdout.strip().splitlines() or [""]
+    if check and process.returncode:
+        raise RuntimeError(f"exit status {process.returncode}: {lines[-1]}")
+    return lines
 
 
-def correctness(device: torch.device) -> dict:
-    """Kernels, graphs and precision: the tests that have a GPU or compare with it."""
-    options = "-q", "-k", "gpu or cuda or graph or captured", "-p", "no:cacheprovider"
-    return {"tests on the GPU": command("-m", "pytest", *TESTS, *options)}
+def correctness(tests: str, seconds: float) -> dict:
+    """Kernels, graphs and precision: the tests of a file that have a GPU or compare with it."""
+    options = "-q", "-rfE", "-k", "gpu or cuda or graph or captured", "-p", "no:cacheprovider"
+    lines = command("-m", "pytest", tests, *options, seconds=seconds, check=False)
+    failed = [line.split(" - ")[0] for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return {tests: "; ".join([lines[-1], *failed[:9]])}
 
 
 def training(device: torch.device) -> dict:
@@ -44,19 +56,19 @@ def training(device: torch.device) -> dict:
         command("train.py", *options, "--out", run)
         seconds = time.time() - start
         command("evaluate.py", "--run", run, "--device", device)
-        path = run / "results.json"
-        results = json.loads(path.read_text()) if path.exists() else {}
+        results = json.loads((run / "results.json").read_text())
     keys = ("image_auroc", "au_spro", "false_alarms")
     figures = {f"demo, {key}, %": 100 * results[key] for key in keys if key in results}
     return {"2,000 steps with calibration, seconds": seconds, **figures}
 
 
-def parts(sections: dict[str, Callable], scope, device: torch.device) -> Iterator[tuple]:
+def parts(
+    sections: dict[str, Callable], scope, device: torch.device, minutes: float
+) -> Iterator[tuple]:
     """(name, function that measures it) in order of worth; what compiles for minutes is last."""
-    quick = scope._replace(rows=tuple(row for row in scope.rows if "compile" not in row))
-    slow = scope._replace(
-        rows=tuple(row for row in scope.rows if "compile" in row or row == "ours")
-    )
+    compiled = [row for row in scope.rows if "compile" in row]
+    quick = scope._replace(rows=tuple(row for row in scope.rows if row not in compiled))
+    slow = scope._replace(rows=(scope.rows[0], *compiled, "ours"))  # × is against the first
 
     def each(scope, words: str = "") -> Iterator[tuple]:
         for batch in scope.batches:
@@ -66,43 +78,58 @@ def parts(sections: dict[str, Callable], scope, device: torch.device) -> Iterato
             one = scope._replace(models=(model,), batches=(batch,))
             yield f"{model}, batch {batch}{words}", partial(sections["inference"], one, device)
 
-    yield "correctness", partial(correctness, device)
+    for tests in TESTS:
+        yield tests, partial(correctness, tests, 10 * minutes)  # a sixth of the time
     yield from each(quick)
     yield "training steps", partial(sections["training"], scope, device)
     yield "training", partial(training, device)
     yield from each(slow, ", with torch.compile")
 
 
-class TimeOver(BaseException):
-    """Raised by the clock; no `except Exception` holds it up."""
+def save(path: Path, known: dict) -> None:
+    write(path, json.dumps(known, indent=1, ensure_ascii=False) + "\n")
 
 
-def first_gpu(sections: dict, scope, device: torch.device, minutes: float, path: Path) -> dict:
+def work(begun, path: Path, *about) -> None:
+    """Measure the parts behind number `begun`, of shared memory, in a process group of its own. The
+    process ends after a part that fails: a GPU may be of no use afterwards."""
+    os.setsid()
+    prepare_torch(0)
+    known = json.loads(path.read_text())
+    for name, measure in itertools.islice(parts(*about), begun.value + 1, None):
+        begun.value += 1
+        save(path, {**known, name: "cut short"})
+        try:
+            found = measure()
+        except Exception as error:  # a compiler's or a driver's
+            known[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            save(path, known)
+            sys.exit(0)
+        for key, value in found.items():
+            known[key] = known.get(key, []) + value if isinstance(value, list) else value
+        save(path, known)
+
+
+def first_gpu(path: Path, *about) -> dict:
     """Measure part by part until the time is over; `path` holds what is known so far. A part that
-    fails or is cut short says so under its name."""
-
-    def stop(*_) -> None:
-        raise TimeOver
-
-    known, previous = json.loads(path.read_text()), signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
-    try:
-        for name, measure in parts(sections, scope, device):
-            known[name] = "cut short"
-            try:
-                found = measure()
-                del known[name]
-            except Exception as error:  # a compiler's or a driver's
-                found = {name: f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-            for key, value in found.items():
-                known[key] = known.get(key, []) + value if isinstance(value, list) else value
-            write(path, json.dumps(known, indent=1, ensure_ascii=False) + "\n")
-    except TimeOver:
-        write(path, json.dumps(known, indent=1, ensure_ascii=False) + "\n")
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-    return known
+    fails or is cut short says so under its name. `about`: the arguments of `parts`."""
+    context, end = multiprocessing.get_context(START), time.time() + 60 * about[-1]
+    names = [name for name, _ in parts(*about)]
+    begun = context.Value("i", -1)
+    while begun.value < len(names) - 1 and time.time() < end:
+        worker = context.Process(target=work, args=(begun, path, *about))
+        worker.start()
+        worker.join(max(0.01, end - time.time()))
+        if worker.exitcode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(worker.pid, signal.SIGKILL)  # what it has started too
+            worker.kill()
+            worker.join()
+        elif worker.exitcode:
+            begun.value = max(begun.value, 0)
+            known = json.loads(path.read_text())
+            save(path, {**known, names[begun.value]: f"exit status {worker.exitcode}"})
+    return json.loads(path.read_text())
 
 
 def put_in_place(path: Path, root: Path = ROOT) -> None:
