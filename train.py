@@ -151,7 +151,7 @@ def train(options: Options) -> Path:
     model = TiledEfficientAD(**shape, shared_stem=short)
     model.to(device, memory_format=torch.channels_last)
     if not options.resume:
-        load_teacher(model, options.teacher)
+        load_teacher(model.teacher, options.size, options.teacher)
         if short:
             training.start_from_teacher(model)
         each = training.one_by_one(data["images"], device, "teacher statistics")

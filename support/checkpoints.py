@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from efficientad import EfficientAD, ModelError
+from efficientad import PDN, ModelError
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
@@ -98,21 +98,21 @@ def load_model(path: str | Path, *classes: type[nn.Module]) -> nn.Module:
     return model.eval()
 
 
-def load_teacher(model: EfficientAD, path: str | Path) -> None:
-    """Load a teacher file into a model: the PDN's weights, fp16 or fp32, named "0.weight", … or, as
-    other implementations do, "conv1.weight", …. Raises ModelError if it is missing, damaged,
+def load_teacher(teacher: PDN, size: str, path: str | Path) -> None:
+    """Load a teacher file into a PDN of this size: weights in fp16 or fp32, named "0.weight", … or,
+    as other implementations do, "conv1.weight", …. Raises ModelError if it is missing, damaged,
     foreign, not finite or of the other size."""
-    state, size = read_checkpoint(path), model.config["size"]
-    indices = [name.split(".")[0] for name in model.teacher.state_dict() if "weight" in name]
+    state = read_checkpoint(path)
+    indices = [name.split(".")[0] for name in teacher.state_dict() if "weight" in name]
     layers = {f"conv{i}": index for i, index in enumerate(indices, 1)}
     renamed = {}
     for name, tensor in state.items():
         layer, _, rest = str(name).partition(".")
         renamed[f"{layers.get(layer, layer)}.{rest}"] = tensor
     try:
-        model.teacher.load_state_dict(renamed)
+        teacher.load_state_dict(renamed)
     except (RuntimeError, AttributeError, TypeError):
         remedy = f"pass one that `python -m tools.distill --size {size}` made"
         raise ModelError(f"{path}: not a {size} teacher; {remedy}") from None
-    if not all_finite(model.teacher.parameters()):
+    if not all_finite(teacher.parameters()):
         raise ModelError(f"{path}: the teacher's weights are not finite; distil it again")

@@ -127,7 +127,7 @@ def trained(demo_images, teacher):
         torch.manual_seed(1)
         model = TiledEfficientAD(image_size=DEMO_SIZE, **config)
         if config.get("size", "small") == "small":
-            load_teacher(model, teacher)
+            load_teacher(model.teacher, "small", teacher)
         model.fit_teacher_statistics([demo_images[:2]])
         learned = [*model.student.parameters(), *model.autoencoder.parameters()]
         device = demo_images.device

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from efficientad import PDN, EfficientAD, ModelError
+from efficientad import PDN, ModelError
 from support import backbone
 from support.backbone import (
     EFFICIENTNETS,
@@ -132,10 +132,10 @@ def test_teachers_behind_urls_of_one_name(server, tmp_path):
         (tmp_path / "www" / site).mkdir()
         torch.save(PDN().state_dict(), tmp_path / "www" / site / "teacher.pt")
     for site in ("a", "b"):
-        model = EfficientAD(image_size=(128, 128))
-        load_teacher(model, f"{server}{site}/teacher.pt")
+        teacher = PDN()
+        load_teacher(teacher, "small", f"{server}{site}/teacher.pt")
         expected = read_checkpoint(tmp_path / "www" / site / "teacher.pt")
-        assert torch.equal(model.teacher[0].weight, expected["0.weight"])
+        assert torch.equal(teacher[0].weight, expected["0.weight"])
 
 
 @pytest.mark.parametrize("name", ["resnet50", "efficientnet_lite1"])

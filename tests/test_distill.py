@@ -59,6 +59,11 @@ def test_teacher(photos, run_script, tmp_path, tiny_demo):
     assert_refused(run_script("tools.distill", *photos, *more), "teacher.pt: exists")
     command = ("train.py", "--data", tiny_demo, "--steps", 1, *TINY, "--teacher", "teacher.pt")
     assert run_script(*command)[0] == 0
+    more = ("--statistics-images", 99, "--steps", 1, "--start", "teacher.pt", "--out", "next.pt")
+    assert run_script("tools.distill", *photos, *more)[0] == 0
+    assert log_of(tmp_path / "next.jsonl")[0]["loss"] < 0.8
+    more = (*more[:-1], "medium.pt", "--size", "medium")
+    assert_refused(run_script("tools.distill", *photos, *more), "teacher.pt: not a medium teacher")
 
 
 INTERIOR = ("--interior", "--image-size", 64, "--optimizer", "muon")

@@ -34,7 +34,7 @@ from support.backbone import (
     load_weights,
     make_trunk,
 )
-from support.checkpoints import all_finite, read_checkpoint, write_checkpoint
+from support.checkpoints import all_finite, load_teacher, read_checkpoint, write_checkpoint
 from support.data import DataError, list_images, read_image
 from support.optimizers import cosine, kernels_of, make_optimizers, set_rate
 from support.options import OptionError, make_parser, option, pick_device
@@ -63,6 +63,7 @@ class Options:
         None, "their files, in turn; by default the published ones are found", metavar="FILE"
     )
     size: str = option("small", "size of the teacher", choices=["small", "medium"])
+    start: str | None = option(None, "begin with this teacher's weights", metavar="FILE")
     steps: int = option(60000, "steps of the optimizer")
     batch_size: int = option(16, "images a step, of all processes together")
     lr: float = option(1e-4, "learning rate")
@@ -194,6 +195,8 @@ class Distillation:
             self.features.append(PatchFeatures(trunk, CHANNELS // len(options.backbone)))
         self.features.to(device, memory_format=torch.channels_last)
         self.pdn = PDN(options.size, padding=not options.interior)
+        if options.start and not options.resume:
+            load_teacher(self.pdn, options.size, options.start)
         self.pdn.to(device, memory_format=torch.channels_last)
         matrices = kernels_of(self.pdn) if options.optimizer == "muon" else []
         self.optimizers = make_optimizers(self.pdn.parameters(), matrices, options.lr)
