@@ -62,10 +62,9 @@ def conv_relu_pool_kernel(
 ):
     positions, H, W, POOLED_H, POOLED_W = sizes
     # Neighbouring programs differ in the output channels: the image comes from the cache.
-    o_blocks = tl.cdiv(OUT, BLOCK_O)
-    o_first = tl.program_id(0) % o_blocks * BLOCK_O
+    o_first = tl.program_id(0) % tl.cdiv(OUT, BLOCK_O) * BLOCK_O
     o = o_first + tl.arange(0, BLOCK_O)
-    first = tl.program_id(0) // o_blocks * BLOCK_P
+    first = tl.program_id(0) // tl.cdiv(OUT, BLOCK_O) * BLOCK_P
 
     # Matrix rows are the four convolution outputs of each pooling window, in such an order that one
     # thread holds all four of a window's sums: in a tensor core's result of 16 rows a thread has

@@ -82,6 +82,22 @@ def verdict(score: float, threshold: float, p: float | None, odd: list[str]) -> 
     return "check" if odd or (p is not None and p <= 0.1) else "ok"
 
 
+def threshold_at(model: nn.Module, rate: float | None) -> tuple[float, str]:
+    """The threshold for this rate of false alarms, or the model's, and what it promises. Raises
+    ModelError if the model cannot tell that rate."""
+    info, threshold = model.training_info, model.threshold.item()
+    if rate is None:
+        return threshold, threshold_meaning(info.get("validation_images"))
+    known = info.get("scores", [])
+    try:
+        margin = max(0, threshold - max(known, default=0))  # for noise
+        threshold = threshold_for(rate, known) + margin
+    except ValueError as error:
+        raise ModelError(f"--false-alarms: {error}; choose a higher share") from None
+    share = f"at most {100 * rate:g} % false alarms"
+    return threshold, f"expect {share}, by {len(known)} validation images"
+
+
 def score_folder(
     place: Path, model: nn.Module, folder: Path, skip_bad: bool, rate: float | None = None
 ) -> None:
@@ -89,17 +105,8 @@ def score_folder(
     have a thread each, and a few images are in memory at a time. `rate`: of false alarms, for
     another threshold than the model's. Raises DataError for an image that cannot be read; with
     `skip_bad` it is left out and listed. Raises ModelError if the model cannot tell that rate."""
-    info, floor, threshold = model.training_info, float(model.floor), model.threshold.item()
-    known, meaning = info.get("scores", []), threshold_meaning(info.get("validation_images"))
-    if rate is not None:
-        try:
-            margin = max(0, threshold - max(known, default=0))  # for noise
-            threshold = threshold_for(rate, known) + margin
-        except ValueError as error:
-            raise ModelError(f"--false-alarms: {error}; choose a higher share") from None
-        n = len(known)
-        meaning = f"expect at most {100 * rate:g} % false alarms, by {n} validation images"
-    scale = (floor, threshold)
+    info, (threshold, meaning) = model.training_info, threshold_at(model, rate)
+    known, scale = info.get("scores", []), (float(model.floor), threshold)
     paths, rows, skipped, began = data.list_images(folder, recursive=True), [], [], time.time()
     looks, known_looks = [], info.get("appearance")
     with report.new_overlays(place) as overlays, ThreadPoolExecutor(1) as pool:
