@@ -133,8 +133,9 @@ def test_shipped_configurations_compile(capability, shared_kib, monkeypatch, tmp
         monkeypatch.setattr(sys.modules["kernels.runtime"], condition, lambda *tensors: True)
     if capability == 90:
         launch_everything(tma=True)
-    else:  # bfloat16 gives the same code but for its conversions
-        launch_everything(tma=False, dtypes=(torch.float16,))
+    else:  # both compile to much the same code
+        dtypes = (torch.float16,) if capability == 80 else (torch.bfloat16, torch.float32)
+        launch_everything(tma=False, dtypes=dtypes)
     tools, file = Path(triton.__file__).parent / "backends/nvidia/bin", tmp_path / "kernel.cubin"
 
     def output(tool: str, option: str) -> str:
@@ -162,6 +163,7 @@ def test_shipped_configurations_compile(capability, shared_kib, monkeypatch, tmp
 
 
 X, W, B, META = torch.ones(1, 3, 8, 8), torch.ones(2, 3, 4, 4), torch.ones(2), torch.device("meta")
+ODD, ROWS = torch.ones(1, 64, 5, 5).half(), torch.ones(128, 64, 3, 3).half()
 X2, Q = torch.ones(1, 6, 8, 8), torch.ones(2, 2)
 WRONG = [
     ("conv_relu_pool", (X.double(), W.double(), B), TypeError, "float64"),
@@ -173,6 +175,9 @@ WRONG = [
     ("conv_relu_pool", (X, W, B, 0, 2), ValueError, "pool_padding 0 or 1"),
     ("conv_relu_pool", (X[:, :, :4], W, B), ValueError, "too small"),
     ("conv_relu_pool", (X[:0], W, B), ValueError, "none empty"),
+    ("conv_rows", (X, W, B, 0), TypeError, "all be float16 or all bfloat16"),
+    ("conv_rows", (X.half(), W.half(), B.half(), 0), ValueError, "C a multiple of 64"),
+    ("conv_rows_pool", (ODD, ROWS, ROWS[:, 0, 0, 0]), ValueError, "even width"),
     ("distance_map", (X, X.double()), TypeError, "b must be float32"),
     ("distance_map", (X, X[:, :2]), ValueError, "a and b N×C×h×w"),
     ("distance_map", (X[0], X[0]), ValueError, "a and b N×C×h×w"),
