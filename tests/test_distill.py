@@ -17,7 +17,7 @@ from PIL import Image
 from support.backbone import PatchFeatures, ResNet, load_weights, make_trunk
 from support.checkpoints import read_checkpoint
 from support.data import list_images
-from tools import distill
+from tools import distill, neighbours
 from tools.distill import Options, Views
 
 
@@ -64,6 +64,24 @@ def test_teacher(photos, run_script, tmp_path, tiny_demo):
     assert log_of(tmp_path / "next.jsonl")[0]["loss"] < 0.8
     more = (*more[:-1], "medium.pt", "--size", "medium")
     assert_refused(run_script("tools.distill", *photos, *more), "teacher.pt: not a medium teacher")
+
+
+def test_neighbours(tiny_demo, run_script, tmp_path, monkeypatch):
+    """Scores by definition on a small case; the command's table."""
+    train, test = torch.rand(5, 6, 4), torch.rand(3, 6, 4)
+    monkeypatch.setattr(neighbours, "IMAGES", 4)
+    monkeypatch.setattr(neighbours, "VECTORS", 24)  # all of four images
+    chosen = np.concatenate([train[i] for i in np.random.default_rng(7).permutation(5)[:4]])
+    scale = chosen.std(0, ddof=1)
+    distances = [np.linalg.norm((x[:, None] - chosen) / scale, axis=2) for x in test.numpy()]
+    expected = [d.min(1).max() for d in distances]
+    assert neighbours.scores_of([*test], [*train], 7) == pytest.approx(expected, rel=1e-5)
+    status, out, err = run_script("tools.neighbours", "--data", tiny_demo, "--device", "cpu")
+    figures = [float(word) for word in out.splitlines()[-1].split("|")[2:-1]]
+    assert status == 0 and figures[0] == pytest.approx(sum(figures[1:]) / 3, abs=0.1), err
+    put(tmp_path / "plain/a.png", Image.new("RGB", (40, 40)))
+    refused = run_script("tools.neighbours", "--data", "plain")
+    assert_refused(refused, "plain: needs good and defective test images")
 
 
 INTERIOR = ("--interior", "--image-size", 64, "--optimizer", "muon")
