@@ -82,7 +82,7 @@ class FastEfficientAD(TiledEfficientAD):
             fast_gpu.join_relu(self.autoencoder)
             self.pair = fast_gpu.Pair(self.teacher, self.student)
             began = time.time()
-            with cudnn_tunes():
+            with BatchGraphs.turn, cudnn_tunes(), torch.cuda.device_of(self.threshold):
                 choices = [self.choose(n) for n in batch_sizes or (1,)]
             self.choice = "; ".join([*choices, f"chosen in {time.time() - began:.1f} s"])
         elif device.type == "cpu":
@@ -102,8 +102,8 @@ class FastEfficientAD(TiledEfficientAD):
         as are computed at once. Returns it in words."""
         height, width = self.image_size
         n = min(n, max(1, tiling.TILE // self.activation))
-        images = torch.randint(256, (n, 3, height, width), dtype=torch.uint8)
-        x = self.normalize(images)
+        images = torch.randint(256, (n, 3, height, width), generator=torch.Generator())
+        x = self.normalize(images.to(torch.uint8))
         if use_kernels(x) and not self.pair.with_kernels:
             fast_gpu.fuse_if_faster(self.autoencoder, lambda: (self.autoencoder(x),))
         rows = max(64, tiling.TILE * height // self.activation)

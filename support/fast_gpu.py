@@ -3,6 +3,7 @@ by cuDNN, whichever is faster there."""
 
 import math
 import os
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -31,19 +32,38 @@ def four_channels(convolution: nn.Conv2d) -> None:
 
 
 class Convolution(nn.Module):
-    """A convolution and, if `relu`, the ReLU behind it; with `fused` in one call of cuDNN."""
+    """A convolution and, if `relu`, the ReLU behind it: as one call of cuDNN if `fused`. None: not
+    decided; the next call tries it."""
 
     def __init__(self, convolution: nn.Conv2d, relu: bool):
         super().__init__()
         self.convolution, self.relu, self.fused = convolution, relu, False
+        c = convolution
+        self.arguments = c.stride, c.padding, c.dilation, c.groups
 
     def forward(self, x: Tensor) -> Tensor:
         c = self.convolution
-        if self.relu and self.fused:
-            arguments = c.stride, c.padding, c.dilation, c.groups
-            return torch.cudnn_convolution_relu(x, c.weight, c.bias, *arguments)
+        if self.fused is None:
+            self.fused = self.relu and self.fuses(x)
+        if self.fused:
+            try:
+                return torch.cudnn_convolution_relu(x, c.weight, c.bias, *self.arguments)
+            except RuntimeError:  # not for this many images
+                self.fused = False
         y = c(x)
         return y.relu() if self.relu else y
+
+    def fuses(self, x: Tensor) -> bool:
+        """Whether cuDNN computes both in one call, and rightly. It is said to add 0 times whatever
+        lies in the output's memory: NaN must not come through."""
+        c, expected = self.convolution, self.convolution(x).relu()
+        stale = torch.full_like(expected, math.nan)
+        try:
+            y = torch.cudnn_convolution_relu(x, c.weight, c.bias, *self.arguments)
+            z = torch.cudnn_convolution_add_relu(x, c.weight, stale, 0.0, c.bias, *self.arguments)
+        except RuntimeError:  # this cuDNN cannot
+            return False
+        return relative_error((y, z), (expected, expected)) < 0.01
 
 
 def join_relu(network: nn.Sequential) -> None:
@@ -63,19 +83,16 @@ def relative_error(outputs: tuple[Tensor, ...], expected: tuple[Tensor, ...]) ->
 def fuse_if_faster(
     network: nn.Module, call: Callable, milliseconds: Callable = graph_milliseconds
 ) -> None:
-    """Let cuDNN apply ReLU within the network's convolutions if it can, if `call()`, a tuple of
-    tensors, stays the same up to rounding, and if it is faster so."""
+    """Let cuDNN apply ReLU within the network's convolutions where it can, if `call()`, a pass of
+    the network, is faster so."""
     convolutions = [layer for layer in network.modules() if isinstance(layer, Convolution)]
-    expected, before = call(), milliseconds(call, call()[0].device)
+    before = milliseconds(call)
     for layer in convolutions:
-        layer.fused = True
-    try:
-        gain = relative_error(call(), expected) < 0.01
-        gain = gain and milliseconds(call, expected[0].device) < before
-    except RuntimeError:  # this cuDNN cannot
-        gain = False
-    for layer in convolutions:
-        layer.fused = gain
+        layer.fused = None
+    call()  # each convolution decides
+    if not milliseconds(call) < before:
+        for layer in convolutions:
+            layer.fused = False
 
 
 Features = tuple[Tensor | None, tuple[Tensor, ...]]  # one tensor; the teacher's and the student's
@@ -136,6 +153,17 @@ class Layer(nn.Module):
             return output, (output,)
         return None, beside(*calls, side_stream(parts[0].device, "student"))
 
+    def kernel_is_right(self, features: Features) -> bool:
+        """Whether the kernel computes here what cuDNN does, up to rounding. A compiler may fail."""
+        try:
+            error = relative_error(self(features, True)[1], self(features, False)[1])
+            reason = f"is off by {error:.2g}"
+        except Exception as failure:  # of Triton or the driver
+            error, reason = math.inf, f"{type(failure).__name__}: {failure}".splitlines()[0]
+        if not error < 0.01:
+            warnings.warn(f"cuDNN instead of kernel {self.kernel.__name__}: it {reason}")
+        return error < 0.01
+
     def by_cudnn(self, x: Tensor, convolution: Convolution) -> Tensor:
         y = convolution(x)
         return y if self.pool is None else self.pool(y)
@@ -179,17 +207,18 @@ class Pair(nn.Module):
             self.with_kernels[n] = none
             fuse_if_faster(self, partial(self, x), milliseconds)
         mixture, features = [], (x, (x,))
-        for layer, possible in zip(self.layers, there):
+        for i, layer in enumerate(self.layers):
             times = {}
-            for with_kernel in (True, False) if possible else (False,):
-                times[with_kernel] = milliseconds(partial(layer, features, with_kernel), x.device)
+            there[i] = there[i] and layer.kernel_is_right(features)
+            for with_kernel in (False, True) if there[i] else (False,):
+                times[with_kernel] = milliseconds(partial(layer, features, with_kernel))
             mixture.append(min(times, key=times.get))
             features = layer(features, mixture[-1])
-        candidates, totals = [mixture, there, none], []
+        candidates, totals = [none, mixture, there], []
         for candidate in candidates:
             self.with_kernels[n] = candidate
-            totals.append(milliseconds(partial(self, x), x.device))
+            totals.append(milliseconds(partial(self, x)))
         self.with_kernels[n] = candidates[totals.index(min(totals))]
         names = ["kernel" if chosen else "cuDNN" for chosen in self.with_kernels[n]]
-        times = f"{min(totals):.3f} ms, cuDNN alone {totals[2]:.3f}"
+        times = f"{min(totals):.3f} ms, cuDNN alone {totals[0]:.3f}"
         return f"batch {n}: {', '.join(names)}: {times}"

@@ -3,8 +3,9 @@
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -24,30 +25,33 @@ def beside(first: Callable, second: Callable, stream: torch.cuda.Stream | None) 
     return results
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 def side_stream(device: torch.device, purpose: str = "autoencoder") -> torch.cuda.Stream | None:
-    """A stream for `beside` on a GPU, one for each purpose."""
+    """A stream of a GPU, one for each purpose: torch has 32 and hands them out again then."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
-def graph_milliseconds(function: Callable, device: torch.device, repeats: int = 20) -> float:
-    """The GPU's time of a call, by replaying a graph of it. Infinite, with a warning, for one that
-    fails: a kernel that does not compile on this GPU is not taken."""
-    try:
-        with torch.cuda.device(device):
-            graphed = Graphed(function, device)
-            for _ in range(Graphed.WARM_UP + 1):
-                graphed()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(repeats):
-                graphed()
-            end.record()
-            end.synchronize()
-        return start.elapsed_time(end) / repeats if graphed.graph else float("inf")
-    except Exception as error:  # of Triton, cuDNN or the driver
-        warnings.warn(f"{type(error).__name__}: {error}".splitlines()[0])
-        return float("inf")
+def graph_milliseconds(function: Callable) -> float:
+    """The GPU's time of a call, by replaying a graph of ten: the host takes longer to launch a
+    graph than a short kernel takes. The least of seven replays. Infinite, with a warning, if it
+    cannot be captured."""
+
+    def ten() -> object:
+        for _ in range(10):
+            result = function()  # one at a time: they may be large
+        return result
+
+    device, events = torch.device("cuda", torch.cuda.current_device()), []
+    graphed = Graphed(ten, device)
+    for _ in range(Graphed.WARM_UP + 1):
+        graphed()
+    for _ in range(8):
+        events.append(torch.cuda.Event(enable_timing=True))
+        events[-1].record()
+        graphed()
+    torch.cuda.synchronize(device)
+    times = [start.elapsed_time(end) / 10 for start, end in pairwise(events)]
+    return min(times) if graphed.graph else float("inf")
 
 
 @contextmanager
@@ -72,7 +76,7 @@ class Graphed:
     def __init__(self, function: Callable, device: torch.device):
         self.function, self.device, self.calls = function, device, 0
         self.graph, self.result = None, None
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = side_stream(device, "capture")
 
     def __call__(self):
         if self.stream is None:
@@ -94,15 +98,18 @@ class Graphed:
 
     def capture(self) -> None:
         """Record the graph; it computes nothing yet."""
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        # another thread, such as a data loader's, may call the GPU meanwhile
+        options = {"pool": pool, "stream": self.stream, "capture_error_mode": "thread_local"}
         try:
-            # another thread, such as a data loader's, may call the GPU meanwhile
-            mode = {"capture_error_mode": "thread_local"}
-            with torch.cuda.graph(graph, stream=self.stream, **mode):
-                self.result = self.function()
+            with torch.cuda.stream(torch.cuda.current_stream()):  # a failure would leave another
+                with torch.cuda.graph(graph, **options):
+                    self.result = self.function()
         except RuntimeError as error:
             warnings.warn(f"no CUDA graph, each kernel is launched by itself: {error}")
-            self.stream = None
+            with suppress(RuntimeError, AttributeError):  # else freed memory is held for ever
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            self.stream = self.result = None
             return
         self.graph = graph
 
@@ -112,25 +119,29 @@ class BatchGraphs:
     one of `batch_sizes` is one graph launch behind a copy of the images. The caller may overwrite
     its images at once, and call from several threads and streams: calls take turns."""
 
-    turn = threading.Lock()  # of all models: a capture does not bear another's launch
+    # Of all models, whose side streams are the same; nor does a capture bear another's launch.
+    turn, events = threading.Lock(), {}
 
     def __init__(self, function: Callable, image_size, device: torch.device, batch_sizes: Sequence):
         self.function, self.graphs = function, {}  # by batch size: images' buffer, its graph
-        self.device, self.done = device, torch.cuda.Event() if device.type == "cuda" else None
+        self.device, self.done = device, None
+        if device.type == "cuda":  # the end of the latest call
+            self.done = self.events.setdefault(device, torch.cuda.Event())
         for n in batch_sizes if self.done else ():
             with torch.inference_mode(False):  # else it could only be written within that mode
                 buffer = torch.zeros(n, 3, *image_size, dtype=torch.uint8, device=device)
             self.graphs[n] = buffer, Graphed(partial(function, buffer), device)
-        with self.turn, cudnn_tunes():
+        with self.turn, cudnn_tunes(), torch.no_grad():
             for _, graph in self.graphs.values():
                 for _ in range(Graphed.WARM_UP + 1):
                     graph()
 
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
         if self.done is None:
-            return self.function(images)
+            with torch.no_grad():
+                return self.function(images)
         current = torch.cuda.current_stream(self.device)
-        with self.turn:
+        with self.turn, torch.no_grad():
             current.wait_event(self.done)
             results = self.launch(images)
             self.done.record(current)

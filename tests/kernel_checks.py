@@ -31,6 +31,7 @@ if GPU and not torch.cuda.is_available():
 def strict():
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     assert torch.empty(7, device=DEVICE).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)

@@ -83,11 +83,11 @@ def test_first_gpu(tmp_path, monkeypatch, capsys):
     sections = {"inference": inference, "kernels": kernels, "training": kernels}
     monkeypatch.setattr(benchmark, "SECTIONS", sections)
     monkeypatch.setattr(first_gpu, "START", "fork")  # the stand-ins are this process's
-    monkeypatch.setattr(first_gpu, "correctness", lambda tests, seconds: {tests: "3 passed"})
+    monkeypatch.setattr(first_gpu, "correctness", lambda tests, *_: {tests: "3 passed"})
     options = f"--first-gpu --minutes 0.04 --device cpu --json {tmp_path / 'gpu.json'}"
     benchmark.main(options.split())
     results = json.loads((tmp_path / "gpu.json").read_text())
-    assert results["tests/test_kernels.py"] == "3 passed"
+    assert results["tests/kernel_checks.py"] == "3 passed"
     assert results["command"].endswith("gpu.json")
     assert results["kernels, batch 16"] == "RuntimeError: no kernel image"
     assert results["EfficientAD-S, batch 16"] == f"exit status {-signal.SIGKILL}"
@@ -108,6 +108,17 @@ def test_first_gpu(tmp_path, monkeypatch, capsys):
     put(tmp_path / "gpu.json", b"[]")
     with pytest.raises(DataError, match="--readme takes a file"):
         first_gpu.put_in_place(tmp_path / "gpu.json", tmp_path)
+
+
+def test_first_gpus_tests(tmp_path):
+    """What pytest says is kept; what fails is named, with its reason; time may end before it."""
+    test, log = tmp_path / "test_a.py", tmp_path / "gpu.log"
+    test.write_text("def test_cuda(): assert 2 == 3\ndef test_gpu(): pass\ndef test_b(): 1 / 0\n")
+    found = first_gpu.correctness(str(test), log, torch.device("cpu"), 60)[str(test)]
+    assert "1 failed, 1 passed, 1 deselected" in found and "assert 2 == 3" in found
+    assert "def test_cuda" in log.read_text()
+    found = first_gpu.correctness(str(test), log, torch.device("cpu"), 0.01)[str(test)]
+    assert found.startswith("longer than 0 s")
 
 
 def test_rows_take_turns():

@@ -1,5 +1,8 @@
 """support/fast.py and support/tiling.py: the same maps, sooner or in less memory; precision."""
 
+from contextlib import contextmanager
+from functools import wraps
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -103,16 +106,22 @@ def test_the_gpus_form_takes_what_is_faster(monkeypatch):
 
     def choose(*times: float) -> tuple[list[bool], str]:
         clock = iter(times)
-        choice = pair.choose(x, lambda function, device: next(clock))
+        choice = pair.choose(x, lambda function: next(clock))
         assert next(clock, None) is None
         return pair.with_kernels[1], choice
 
-    layers = (1, 2, 1, 2, 2, 1, 3, float("inf"))  # kernel, cuDNN of each
-    for totals, expected in (((5, 6, 7), [1, 1, 0, 1]), ((5, 4, 7), [1] * 4), ((5, 6, 4), [0] * 4)):
+    inf = float("inf")
+    layers = (2, 1, 2, 1, 1, 2, inf, 3)  # cuDNN, kernel of each
+    for totals, expected in (((7, 5, 6), [1, 1, 0, 1]), ((7, 5, 4), [1] * 4), ((4, 5, 6), [0] * 4)):
         chosen, words = choose(*layers, *totals)
         assert chosen == [bool(e) for e in expected]
         assert words.startswith("batch 1: ")
-        assert f"{min(totals):.3f} ms, cuDNN alone {totals[2]:.3f}" in words
+        assert f"{min(totals):.3f} ms, cuDNN alone {totals[0]:.3f}" in words
+    assert choose(*[inf] * 11)[0] == [False] * 4  # nothing can be measured
+    right = pair.layers[1].rows_pool
+    monkeypatch.setattr(pair.layers[1], "kernel", wraps(right)(lambda x: 0 * right(x)))
+    with pytest.warns(UserWarning, match="cuDNN instead of kernel .*off by"):  # a compiler's fault
+        assert choose(2, 1, 2, 2, 1, 2, 1, 4, 3, 3)[0] == [True, False, True, True]
     monkeypatch.setenv("EFFICIENTAD_KERNELS", "1")
     assert choose()[0] == [True] * 4
     monkeypatch.setattr(fast_gpu, "use_kernels", lambda *tensors: False)
@@ -120,37 +129,39 @@ def test_the_gpus_form_takes_what_is_faster(monkeypatch):
 
 
 def test_cudnn_fuses_relu_where_it_is_right_and_faster(monkeypatch):
-    """A stand-in for cuDNN's convolution with ReLU: right, off in one element, impossible."""
+    """Stand-ins for cuDNN's convolutions with ReLU: right, wrong, reading stale memory, missing."""
     torch.manual_seed(0)
-    network, x = (
-        torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.ReLU()),
-        torch.rand(1, 4, 5, 5),
-    )
+    network = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.ReLU())
+    x = torch.rand(1, 4, 5, 5)
     expected = network(x)
     fast_gpu.join_relu(network)
 
-    def right(x, weight, bias, stride, padding, dilation, groups):
-        return F.conv2d(x, weight, bias, stride, padding, dilation, groups).relu()
+    def plain(x, weight, bias, *arguments):
+        return F.conv2d(x, weight, bias, *arguments).relu()
 
-    def wrong(x, *arguments):
-        y = right(x, *arguments)
-        y[0, 0, 0, 0] = torch.nan
-        return y
+    def wrong(*arguments):
+        return plain(*arguments) * 1.02
 
-    def impossible(*_):
+    def clean(x, weight, z, alpha, bias, *arguments):
+        return plain(x, weight, bias, *arguments)
+
+    def stale(x, weight, z, alpha, bias, *arguments):
+        return plain(x, weight, bias, *arguments) + alpha * z
+
+    def missing(*_):
         raise RuntimeError("no engine")
 
-    for cudnn, after, fused in (
-        (right, 1, True),
-        (right, 3, False),
-        (wrong, 1, False),
-        (impossible, 1, False),
-    ):
-        monkeypatch.setattr(torch, "cudnn_convolution_relu", cudnn)
+    cases = (plain, clean, 1, True), (plain, clean, 3, False), (wrong, clean, 1, False)
+    cases += (plain, stale, 1, False), (missing, clean, 1, False)
+    for relu, add_relu, after, fused in cases:
+        monkeypatch.setattr(torch, "cudnn_convolution_relu", relu)
+        monkeypatch.setattr(torch, "cudnn_convolution_add_relu", add_relu)
         clock = iter((2, after))
-        fast_gpu.fuse_if_faster(network, lambda: (network(x),), lambda *_: next(clock))
+        fast_gpu.fuse_if_faster(network, lambda: network(x), lambda call: next(clock))
         assert network[0].fused == fused
         torch.testing.assert_close(network(x), expected)
+    network[0].fused = True
+    torch.testing.assert_close(network(x), expected)  # it cannot for this many images
 
 
 def test_fast_form_leaves_the_model_alone_and_refuses_what_it_cannot_do(demo_images, trained):
@@ -177,22 +188,36 @@ def test_fast_form_leaves_the_model_alone_and_refuses_what_it_cannot_do(demo_ima
 
 
 def test_a_capture_that_fails_leaves_ordinary_calls(monkeypatch):
-    """Without a GPU: torch's graph objects are stood in for."""
+    """Without a GPU: torch's graph objects are stood in for. Its own context, left by an error,
+    neither restores the stream nor ends the allocation for the graph."""
+    current, ended = ["caller's"], []
 
     class Failing:
         def __enter__(self):
-            raise RuntimeError("operation not permitted when stream is capturing")
+            current[0] = "capture"
 
         def __exit__(self, *_):
-            pass
+            raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: Failing())
+    @contextmanager
+    def stream(name: str):
+        try:
+            yield
+        finally:
+            current[0] = name
+
+    stand_ins = {"CUDAGraph": object, "graph_pool_handle": lambda: "pool", "stream": stream}
+    stand_ins |= {"graph": lambda *_, **__: Failing(), "current_device": lambda: 0}
+    for name, stand_in in (stand_ins | {"current_stream": lambda: current[0]}).items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    end = "_cuda_endAllocateToPool"
+    monkeypatch.setattr(torch._C, end, lambda *about: ended.append(about), raising=False)
     graphed = Graphed(lambda: 7, CPU)
     graphed.stream = object()
     with pytest.warns(UserWarning, match="no CUDA graph"):
         graphed.capture()
     assert graphed.graph is None and graphed() == 7
+    assert current == ["caller's"] and ended == [(0, "pool")]
 
 
 class Recorder:

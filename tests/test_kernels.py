@@ -1,6 +1,7 @@
 """The kernels without a GPU: kernel_checks.py in Triton's interpreter, every shipped configuration
 compiled for three GPU generations, wrong arguments, and efficientad.py without the kernels."""
 
+import itertools
 import os
 import re
 import shutil
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 import kernels
+from efficientad import PDN
+from support import fast_gpu
 
 ROOT = Path(__file__).parent.parent
 MODULES = [module for name, module in sys.modules.items() if name.startswith("kernels.")]
@@ -30,7 +33,7 @@ def run(*command, cwd=ROOT, **environment) -> str:
 
 def run_checks(**environment):
     checks = ROOT / "tests/kernel_checks.py"
-    assert " passed" in run("-m", "pytest", "-qx", "-p", "no:cacheprovider", checks, **environment)
+    assert " passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", checks, **environment)
 
 
 def test_in_the_interpreter():
@@ -46,29 +49,39 @@ def test_on_the_gpu():
     run_checks(TRITON_INTERPRET="0")
 
 
-def pair(dtype: torch.dtype, c: int, side: int, o: int, size: int) -> tuple[torch.Tensor, ...]:
-    """Features of teacher and student, weight and bias of both."""
-    shapes = (1, 2 * c, side, side), (2 * o, c, size, size)
-    x, weight = (torch.empty(s, dtype=dtype, memory_format=LAST) for s in shapes)
-    return x, weight, weight[:, 0, 0, 0].contiguous()
+def shape_alone(x: torch.Tensor, convolution: torch.nn.Module) -> torch.Tensor:
+    """Stands in for a convolution that is torch's own."""
+    c = convolution.convolution
+    height, width = (side + 2 * c.padding[0] - c.kernel_size[0] + 1 for side in x.shape[2:])
+    return x.new_empty(len(x), height, width, c.out_channels).permute(0, 3, 1, 2)
 
 
-def launch_everything(tma: bool, dtypes: tuple = (torch.float16, torch.bfloat16, torch.float32)):
-    """Each kernel with each configuration, dtype and shape that the models at 256² have: S and M,
-    with and without padding."""
+def launch_fast_forms(dtype: torch.dtype, batches: tuple[int, ...]) -> None:
+    """Every kernel of the fast form of S and M, padded or not, with a shared stem or not."""
+    for size, padding, shared, n in itertools.product(("small", "medium"), (0, 1), (0, 1), batches):
+        teacher, student = PDN(size, 384, padding), PDN(size, 768, padding)
+        if shared:
+            student[0], student[3] = teacher[0], teacher[3]
+        for first in {teacher[0], student[0]}:
+            fast_gpu.four_channels(first)
+        pdns = (
+            pdn.to(dtype, memory_format=LAST).requires_grad_(False) for pdn in (teacher, student)
+        )
+        pair = fast_gpu.Pair(*pdns)
+        pair.with_kernels[n] = [layer.kernel is not None for layer in pair.layers]
+        pair(torch.empty(n, 4, 256, 256, dtype=dtype, memory_format=LAST))
+
+
+def launch_everything(dtypes: tuple, batches: tuple[int, ...]) -> None:
+    """Each kernel with each configuration, dtype and shape that the models at 256² have."""
     for dtype in dtypes:
         for c, size, o in ((3, 256, 128), (3, 256, 256), (128, 126, 256), (256, 126, 512)):
             x = torch.empty(1, c, size, size, dtype=dtype, memory_format=LAST)
             weight = torch.empty(o, c, 4, 4, dtype=dtype, memory_format=LAST)
-            for padding in (0, 1):
+            for padding in (0, 1):  # the plain model
                 kernels.conv_relu_pool(x, weight, weight[:, 0, 0, 0], 3 * padding, padding)
-            if c > 3:  # teacher and student in one launch
-                kernels.conv_relu_pool(*pair(dtype, c, 126, o, 4), 0, 0, o)
-    for dtype in dtypes[:2] if tma else ():  # not float32
-        for c, o in ((128, 256), (256, 512)):
-            kernels.conv_rows_pool(*pair(dtype, c, 126, o, 4), o)
-            kernels.conv_rows(*pair(dtype, 2 * c, 61, o, 3), o, True)
-            kernels.conv_rows(*pair(dtype, 2 * c, 59, 576, 4), 384)
+        if dtype != torch.float32:
+            launch_fast_forms(dtype, batches if dtype == torch.float16 else (1,))
     for layout in (LAST, torch.contiguous_format):
         for dtype in dtypes:
             sizes = ((1, 768, 56, 56), (1, 384, 56, 56), (1, 384, 56, 56))
@@ -106,6 +119,11 @@ def check_machine_code(name: str, sass: str, programs: int, capability: int) -> 
         assert programs >= 4  # channels last
 
 
+# fp32 is for checking; the half types compile to much the same code
+SHIPPED = {80: ((torch.float16,), (1,)), 89: ((torch.bfloat16, torch.float32), (1,))}
+SHIPPED[90] = (torch.float16, torch.bfloat16, torch.float32), (1, 16)
+
+
 @pytest.mark.parametrize("capability, shared_kib", [(80, 163), (89, 99), (90, 227)])
 def test_shipped_configurations_compile(capability, shared_kib, monkeypatch, tmp_path):
     """A launch only compiles, with the arguments' real types, alignments and block sizes. No
@@ -129,13 +147,11 @@ def test_shipped_configurations_compile(capability, shared_kib, monkeypatch, tmp
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     monkeypatch.setattr(JITFunction, "run", compile_only)
-    for condition in ("runs_on", "has_tma"):
-        monkeypatch.setattr(sys.modules["kernels.runtime"], condition, lambda *tensors: True)
-    if capability == 90:
-        launch_everything(tma=True)
-    else:  # both compile to much the same code
-        dtypes = (torch.float16,) if capability == 80 else (torch.bfloat16, torch.float32)
-        launch_everything(tma=False, dtypes=dtypes)
+    monkeypatch.setattr(sys.modules["kernels.runtime"], "runs_on", lambda *tensors: True)
+    for module in (sys.modules["kernels.runtime"], fast_gpu):
+        monkeypatch.setattr(module, "has_tma", lambda device: capability >= 90)
+    monkeypatch.setattr(fast_gpu.Layer, "by_cudnn", lambda self, x, c: shape_alone(x, c))
+    launch_everything(*SHIPPED[capability])
     tools, file = Path(triton.__file__).parent / "backends/nvidia/bin", tmp_path / "kernel.cubin"
 
     def output(tool: str, option: str) -> str:

@@ -243,7 +243,7 @@ def kernel_cases(batch: int, side: int, device: torch.device) -> Iterator[tuple]
         return x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
 
     for size, width in (("S", 128), ("M", 256)):
-        for stage, c, o, s in ((1, 3, width, side), (2, width, 2 * width, (side - 3) // 2)):
+        for stage, c, o, s in ((1, 4, width, side), (2, width, 2 * width, (side - 3) // 2)):
             arguments = random(batch, c, s, s), random(o, c, 4, 4), random(o), 0, 0, 0
             name = f"conv_relu_pool {size} stage {stage}"
             yield name, kernels.conv_relu_pool, conv_relu_pool_reference, arguments

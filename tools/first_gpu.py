@@ -23,29 +23,38 @@ from support.training import prepare_torch
 from tools.benchmark_tables import section
 
 ROOT = Path(__file__).parent.parent
-TESTS = ("tests/test_kernels.py", "tests/test_fast.py", "tests/test_training.py")
+# and their share of the time
+TESTS = {"tests/kernel_checks.py": 0.3, "tests/test_fast.py": 0.15, "tests/test_training.py": 0.1}
 START = "spawn"  # CUDA does not survive a fork
 BEGIN, END = "<!-- begin of what --readme writes -->", "<!-- end -->"
 
 
-def command(*words: object, seconds: float | None = None, check: bool = True) -> list[str]:
-    """The lines that a Python command prints. Raises RuntimeError with the last one if it fails,
-    unless `check` is False, TimeoutExpired after so many seconds."""
-    words, pipe = [sys.executable, *map(str, words)], {"stdout": subprocess.PIPE}
-    pipe |= {"stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    process = subprocess.run(words, cwd=ROOT, timeout=seconds, **pipe)
-    lines = process.stdout.strip().splitlines() or [""]
-    if check and process.returncode:
-        raise RuntimeError(f"exit status {process.returncode}: {lines[-1]}")
-    return lines
+def command(*words: object) -> str:
+    """The last line that a Python command prints. Raises RuntimeError with it if that fails."""
+    words, both = [sys.executable, *map(str, words)], {"stderr": subprocess.STDOUT}
+    process = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, errors="replace", **both)
+    last = (process.stdout.strip().splitlines() or [""])[-1]
+    if process.returncode:
+        raise RuntimeError(f"exit status {process.returncode}: {last}")
+    return last
 
 
-def correctness(tests: str, seconds: float) -> dict:
-    """Kernels, graphs and precision: the tests of a file that have a GPU or compare with it."""
-    options = "-q", "-rfE", "-k", "gpu or cuda or graph or captured", "-p", "no:cacheprovider"
-    lines = command("-m", "pytest", tests, *options, seconds=seconds, check=False)
-    failed = [line.split(" - ")[0] for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return {tests: "; ".join([lines[-1], *failed[:9]])}
+def correctness(tests: str, log: Path, device: torch.device, seconds: float) -> dict:
+    """The checks of the kernels, or a file's tests that have a GPU or compare with it. `log` gets
+    what pytest says; the result is its last line, and what fails."""
+    words = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", tests]
+    if "kernel_checks" not in tests:
+        words += ["-k", "gpu or cuda or graph or captured"]
+    environment = os.environ | {"TRITON_INTERPRET": "1" if device.type == "cpu" else "0"}
+    environment["COLUMNS"] = "250"  # else pytest cuts the reasons
+    with open(log, "ab") as file:
+        begin, both = file.tell(), {"stdout": file, "stderr": subprocess.STDOUT}
+        with suppress(subprocess.TimeoutExpired):
+            subprocess.run(words, cwd=ROOT, env=environment, timeout=seconds, **both)
+    lines = log.read_bytes()[begin:].decode(errors="replace").strip().splitlines() or ["nothing"]
+    failed = [line[:200] for line in lines if line.startswith(("FAILED", "ERROR"))]
+    over = "" if re.search(r" in [\d.]+s", lines[-1]) else f"longer than {seconds:.0f} s: "
+    return {tests: over + "; ".join([lines[-1], *failed[:9]])}
 
 
 def training(device: torch.device) -> dict:
@@ -63,7 +72,7 @@ def training(device: torch.device) -> dict:
 
 
 def parts(
-    sections: dict[str, Callable], scope, device: torch.device, minutes: float
+    log: Path, sections: dict[str, Callable], scope, device: torch.device, minutes: float
 ) -> Iterator[tuple]:
     """(name, function that measures it) in order of worth; what compiles for minutes is last."""
     compiled = [row for row in scope.rows if "compile" in row]
@@ -78,8 +87,8 @@ def parts(
             one = scope._replace(models=(model,), batches=(batch,))
             yield f"{model}, batch {batch}{words}", partial(sections["inference"], one, device)
 
-    for tests in TESTS:
-        yield tests, partial(correctness, tests, 10 * minutes)  # a sixth of the time
+    for tests, share in TESTS.items():
+        yield tests, partial(correctness, tests, log, device, 60 * minutes * share)
     yield from each(quick)
     yield "training steps", partial(sections["training"], scope, device)
     yield "training", partial(training, device)
@@ -103,30 +112,35 @@ def work(begun, path: Path, *about) -> None:
             found = measure()
         except Exception as error:  # a compiler's or a driver's
             known[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            save(path, known)
-            sys.exit(0)
+            return save(path, known)
         for key, value in found.items():
             known[key] = known.get(key, []) + value if isinstance(value, list) else value
         save(path, known)
 
 
 def first_gpu(path: Path, *about) -> dict:
-    """Measure part by part until the time is over; `path` holds what is known so far. A part that
-    fails or is cut short says so under its name. `about`: the arguments of `parts`."""
+    """Measure part by part until the time is over; `path` holds what is known so far, and a .log
+    beside it what the tests say. A part that fails or is cut short says so under its name. `about`:
+    the last arguments of `parts`."""
     context, end = multiprocessing.get_context(START), time.time() + 60 * about[-1]
-    names = [name for name, _ in parts(*about)]
-    begun = context.Value("i", -1)
+    log = path.with_suffix(".log")
+    log.unlink(missing_ok=True)
+    names = [name for name, _ in parts(log, *about)]
+    begun = context.RawValue("i", -1)
     while begun.value < len(names) - 1 and time.time() < end:
-        worker = context.Process(target=work, args=(begun, path, *about))
+        before = begun.value
+        worker = context.Process(target=work, args=(begun, path, log, *about), daemon=True)
         worker.start()
-        worker.join(max(0.01, end - time.time()))
-        if worker.exitcode is None:
+        try:
+            worker.join(max(0.01, end - time.time()))
+        finally:
             with suppress(ProcessLookupError):
                 os.killpg(worker.pid, signal.SIGKILL)  # what it has started too
-            worker.kill()
-            worker.join()
-        elif worker.exitcode:
-            begun.value = max(begun.value, 0)
+        alive = worker.exitcode is None
+        worker.kill()
+        worker.join()
+        if worker.exitcode and not alive:
+            begun.value = max(begun.value, before + 1)
             known = json.loads(path.read_text())
             save(path, {**known, names[begun.value]: f"exit status {worker.exitcode}"})
     return json.loads(path.read_text())
