@@ -10,9 +10,12 @@ mask and each map) and, with --tiff, anomaly_maps/ as the official evaluation sc
 and MVTec LOCO read them. A folder of runs: python -m tools.sweep --evaluate DIR.
 """
 
+import math
+import os
 import shlex
+import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +36,7 @@ from support.scoring import fast_form, predict, read, resize, score_folder
 from support.tiling import TiledEfficientAD
 
 GOES_WITH = {"data": [""], "tiff": [""], "skip_bad_images": ["images", "accept"], "yes": ["accept"]}
-GOES_WITH |= dict.fromkeys(["out", "false_alarms", "precision"], ["images"])
+GOES_WITH |= {"out": ["images", ""], "false_alarms": ["images"], "precision": ["images"]}
 
 
 @dataclass
@@ -43,7 +46,7 @@ class Options:
     run: str | None = option(None, "run folder; default the newest in runs/", metavar="DIR")
     data: str | None = option(None, "category to test on; default the run's own", metavar="DIR")
     images: str | None = option(None, "score the images in DIR instead", metavar="DIR")
-    out: str | None = option(None, "with --images: folder of the results", metavar="DIR")
+    out: str | None = option(None, "folder of the results; default the run's", metavar="DIR")
     tiff: bool = option(False, "also write anomaly maps of the images' size, float32")
     skip_bad_images: bool = option(False, "leave out and list unreadable files of --images")
     precision: str = option(
@@ -74,7 +77,7 @@ class Options:
 
 def newest_run() -> Path:
     """The run in runs/, or in a collection's folder there, that was trained last."""
-    models = [*Path("runs").glob("*/model.pt"), *Path("runs").glob("*/*/model.pt")]
+    models = [*Path("runs").glob("[!.]*/model.pt"), *Path("runs").glob("[!.]*/[!.]*/model.pt")]
     if not models:
         raise data.DataError("runs/: no trained model; run train.py first, or name one with --run")
     return max(models, key=lambda path: path.stat().st_mtime).parent
@@ -92,7 +95,8 @@ def load_run(run: Path, device: str | torch.device) -> nn.Module:
 
 def find_tests(run: Path, model: nn.Module, name: str | None) -> tuple[data.Category, Path]:
     """The category to test on, and the folder for the results: the run's, or one in it for another
-    set than the run was trained on."""
+    set than the run was trained on. The run's own set, which may have moved, has the name that it
+    was trained under: that of a link, for example."""
     info = model.training_info
     if not (name or info.get("data")):
         remedy = "name the category with --data"
@@ -102,9 +106,18 @@ def find_tests(run: Path, model: nn.Module, name: str | None) -> tuple[data.Cate
         reason = "needs good and defective test images (test/good, test/<defect>)"
         raise data.DataError(f"{category.root}: {reason}; score a folder with --images DIR")
     place, trained = category.root.resolve(), Path(info.get("data", category.root)).resolve()
-    moved = info.get("category") == category.name and not trained.exists()
-    other = run / f"on-{category.name}-{fingerprint([place]):08x}"
-    return category, run if place == trained or moved else other
+    if place == trained or (not trained.exists() and trained_on(category, info)):
+        return replace(category, name=info.get("category", category.name)), run
+    return category, run / f"on-{category.name}-{fingerprint([place]):08x}"
+
+
+def trained_on(category: data.Category, info: dict) -> bool:
+    """Whether a model was trained on this category's images: some of the first ones are known."""
+    known = set(info.get("appearance", {}).get("trained_on", []))
+    if not known:  # an older model
+        return info.get("category") == category.name
+    images = (data.read_image(path) for path in category.train[:20])
+    return any(appearance_of(image).fingerprint in known for image in images)
 
 
 def evaluate(run: Path, model: nn.Module, options: Options) -> dict:
@@ -117,11 +130,15 @@ def evaluate(run: Path, model: nn.Module, options: Options) -> dict:
     # Predict: maps and scores of each test image. Full-size maps are too large to keep: their own
     # size is, in a file.
     entries, sizes, localization = [], [], metrics.Localization(saturated=loco)
+    if options.tiff:
+        shutil.rmtree(folder / "anomaly_maps", ignore_errors=True)
     looks = []  # of good images
     with report.new_overlays(folder) as overlays, tempfile.TemporaryFile(dir=overlays) as kept:
         for sample in tqdm(category.test, "evaluating", unit="image"):
             image, images = read(sample.path, model.image_size)
             maps, scores = predict(model, images)
+            if not all(map(math.isfinite, scores.values())):
+                raise ModelError(f"{sample.path}: its score is not a number; train again")
             name, size = f"{sample.defect}/{sample.path.stem}", image.size[::-1]
             own, mask = next(iter(maps.values())), sample.mask(size)
             full_map = resize(own, image.size)
@@ -175,8 +192,10 @@ def main(argv: list[str] | None = None) -> None:
         command = f"python -m tools.sweep --evaluate {shlex.quote(str(run))}"
         raise data.DataError(f"{run}: is a folder of runs. Use: {command}")
     model = load_run(run, options.device)
-    place = Path(options.out) if options.out else run  # a run's folder may be read-only
+    place = Path(options.out) if options.out else run
     place.mkdir(parents=True, exist_ok=True)
+    if not os.access(place, os.W_OK):
+        raise data.DataError(f"{place}: cannot be written; name another folder with --out")
     with lock(place / ".lock"):
         remove_leftovers(place)
         if options.accept is not None:

@@ -8,7 +8,8 @@ normal images from the same with Gaussian noise. At test time −D is the anomal
     python evaluate.py
 
     model = SimpleNet.load("runs/bottle-simplenet/model.pt")       # backbone and all
-    anomaly_map, score = model(images)                             # N×1×329×329 and N
+    with torch.inference_mode():
+        anomaly_map, score = model(images)                         # N×1×329×329 and N
 """
 
 import copy

@@ -373,6 +373,9 @@ def load_normal_images(data: str, size: Size, seed: int, skip_bad: bool) -> Norm
     one is found before hours of work. With `skip_bad` it is left out and named on stderr instead.
     Raises DataError as `open_category`, `Category.split` and `Images.check` do."""
     category = open_category(data)
+    if category.test and not any(sample.defect == "good" for sample in category.test):
+        remedy = "put good test images into test/good to evaluate the model"
+        print(f"note: {category.root}: all test images are defective; {remedy}", file=sys.stderr)
     parts = category.split(seed)
     training, validation = (Images(paths, size, skip_bad=skip_bad) for paths in parts)
     for images in (training, validation):

@@ -48,7 +48,7 @@ def explanation(results: dict) -> str:
         origin = f"{training['category']} ({training['data']})"
         text = f"trained on {origin}, for whose images the threshold is meant; {text}"
     observed, images = 100 * results["false_alarms"], results["good_images"]
-    text += f"; observed {observed:.2g} % on {images} good test images"
+    text += f"; observed {observed:.3g} % on {images} good test images"
     if results["drift"]:
         text += f", which are {results['drift']} than the training images"
     return text
@@ -127,7 +127,7 @@ def overlay(
     if mask is not None:
         panels.append(("mask", Image.fromarray(mask).convert("RGB").resize(size)))
     score, threshold = next(iter(scores.values())), scale[1]
-    verdict = f": score {score:.3f} {'>' if score > threshold else '<='} threshold {threshold:.3f}"
+    verdict = f": score {score:.3f} {'<=' if score <= threshold else '>'} threshold {threshold:.3f}"
     for name, values in maps.items():
         layer = heat_layer(values, size, Image.Resampling.BILINEAR, scale)
         colours, weight = layer[..., :3], layer[..., 3:]
@@ -223,7 +223,7 @@ def write_results(folder: Path, results: dict, entries: list[dict], curves: dict
     rows = [["image", "defect", *scores_header(entries[0]["scores"]), "anomalous"]]
     for entry in entries:
         entry["score"], *others = entry.pop("scores").values()
-        anomalous = int(entry["score"] > results["threshold"])
+        anomalous = int(not entry["score"] <= results["threshold"])
         rows.append([entry["name"], entry["defect"], entry["score"], *others, anomalous])
     text = f"{table(results_table(results))}\n\npercent; {explanation(results)}\n"
     write(folder / "scores.csv", csv_text(rows))

@@ -324,6 +324,7 @@ class Run:
         info |= {"category": normal.category.name, "data": str(normal.category.root.resolve())}
         info |= {"training_images": len(normal.training), "appearance": normal.appearance}
         info |= {"validation_images": len(normal.validation), "skipped_images": skipped}
+        info["threads"] = torch.get_num_threads()
         model.training_info |= info
         if skipped:
             write(self.folder / "skipped.txt", "\n".join(skipped) + "\n")

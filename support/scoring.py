@@ -1,5 +1,6 @@
 """Scores of image files: one for evaluation, a folder of unlabelled ones as fast as possible."""
 
+import os
 import sys
 import time
 import warnings
@@ -18,7 +19,7 @@ from support import data, report
 from support.appearance import appearance_of, differences, drift
 from support.fast import optimize
 from support.metrics import p_value, threshold_for
-from support.runs import threshold_meaning, write
+from support.runs import fingerprint, threshold_meaning, write
 from support.training import in_threads
 
 REMEDY = "the threshold is not for them; recalibrate with --accept DIR, or train anew"
@@ -130,7 +131,7 @@ def score_folder(
             decision = verdict(score, threshold, p, odd)
             anomalous = int(decision == "reject")
             rows.append([name, *scores.values(), p, decision, anomalous, ", ".join(odd)])
-            arguments = (overlays / f"{name}.png", image, maps, scores, scale)
+            arguments = (overlays / overlay_name(name), image, maps, scores, scale)
             pending.append(pool.submit(write_overlay, *arguments))
             if len(pending) > 2:
                 pending.pop(0).result()
@@ -153,6 +154,13 @@ def score_folder(
         print(f"{change} than the training images: {REMEDY}")
     how = [getattr(model, name, "") for name in ("precision", "choice")]
     print(f"{speed:.1f} images/s, {'; '.join(filter(None, how)) or 'fp32'}")
+
+
+def overlay_name(name: str) -> Path:
+    """The file of an image's overlay; a file system's names have 255 bytes at most."""
+    path = Path(f"{name}.png")
+    too_long = len(os.fsencode(path.name)) > 255
+    return path.with_name(f"{path.name[:40]}-{fingerprint([path]):08x}.png") if too_long else path
 
 
 def write_overlay(path: Path, image: Image.Image, maps: dict, scores: dict, scale: tuple) -> None:

@@ -38,6 +38,9 @@ def test_every_mode_becomes_rgb(tmp_path):
         image = read_image(save(tmp_path / name, content))
         assert image.mode == "RGB", name
         np.testing.assert_array_equal(np.asarray(image), expected, err_msg=name)
+    between = np.uint16([[385, 386], [65150, 65535]])  # 1.498, 1.502 and 253.502 times 257
+    rounded = np.asarray(read_image(save(tmp_path / "deep.png", between)))[..., 0]
+    assert rounded.tolist() == [[1, 2], [254, 255]]
     red = save(tmp_path / "cmyk.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0)), quality=95)
     assert np.abs(np.asarray(read_image(red)).astype(int) - [255, 0, 0]).max() < 40
 
@@ -100,6 +103,13 @@ def test_normal_images_are_loaded_once_without_bad_ones(tmp_path, capsys):
             path.unlink()  # they are in memory
         assert [images[i].max() for i in range(len(good))] == [10 * int(p.stem) for p in good]
     assert loaded.appearance["width"] == [10, 28] and loaded.appearance["gray"] == 1
+
+
+def test_a_set_that_cannot_be_evaluated_later_is_noticed(tmp_path, capsys):
+    for name in ("train/good/0", "train/good/1", "test/scratch/0"):
+        put(tmp_path / f"part/{name}.png", Image.new("L", (8, 8)))
+    data.load_normal_images(str(tmp_path / "part"), (8, 8), 0, skip_bad=False)
+    assert "all test images are defective; put good test images" in capsys.readouterr().err
 
 
 def test_differences_from_the_training_images():

@@ -5,16 +5,17 @@ import json
 import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import PHOTO, ROOT, assert_refused, files, put
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import evaluate
-from efficientad import EfficientAD
+from efficientad import EfficientAD, ModelError
 from support import report, scoring
 from support.appearance import appearance_of
 from support.data import Category, Sample, list_images, read_image, to_array
@@ -29,6 +30,11 @@ def rows_of(path) -> list[dict]:
 
 def pictures(folder) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
+
+
+def save_photo(folder) -> Path:
+    PHOTO.save(folder / "photo.png")
+    return folder / "photo.png"
 
 
 def part(root, tiny_demo, masks: bool) -> None:
@@ -65,7 +71,7 @@ def test_everything_that_an_evaluation_writes(own, tiny_demo, model, run_script)
     assert (training["model"], training["size"], training["steps"]) == ("efficientad", "small", 3)
     assert "| overall" in out and f"{100 * results['image_auroc']:.1f}" in out
     assert (own / "results.md").read_text() in out
-    observed = f"observed {100 * results['false_alarms']:.2g} % on 3 good test images, which are "
+    observed = f"observed {100 * results['false_alarms']:.3g} % on 3 good test images, which are "
     assert observed + results["drift"] in out and "standard deviations" in results["drift"]
 
     rows = {row["image"]: row for row in rows_of(own / "scores.csv")}
@@ -92,6 +98,42 @@ def test_everything_that_an_evaluation_writes(own, tiny_demo, model, run_script)
     assert list(images[0]["maps"]) == ["combined", "local", "global"]
     assert images[0]["score"] == float(rows["good/000"]["score"])
     assert not list(own.rglob("*.tmp*")) and not list(own.rglob("*.new"))
+
+
+DOM = """
+const made = [], node = () => ({append() {}, setAttribute() {}, insertBefore() {}, style: {},
+  removeAttribute() {}, set innerHTML(text) { made.push(text); }, lastChild: null});
+globalThis.document = {createElement: node, getElementById: id =>
+  id === "data" ? {textContent: DATA} : node()};
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_pages_plots(tmp_path):
+    """Ten defect types are told apart by dash and number; ticks are whole; a negative threshold
+    lies within the axes."""
+    types = {f"type {i}": {} for i in range(10)}
+    results = {"types": types, "threshold": -2.5, "floor": -4.0, "category": "c"}
+    results |= {"training": {"size": "small"}, "own_data": True, "good_images": 10, "drift": ""}
+    results |= {"false_alarms": 0.0, "images": 10, "calibration": {"validation_images": 5}}
+    results["types"] = dict.fromkeys(types, {"images": 1})
+    entries = [{"name": str(i), "defect": "good", "score": -3.0, "maps": {}} for i in range(10)]
+    entries += [{"name": t, "defect": t, "score": -1.0, "maps": {}} for t in types]
+    curves = {name: (np.array([0, 0.1, 1]), np.array([0, 0.5, 1])) for name in types}
+    page = report.html_report(results, entries, curves)
+    data, script = (part.split("</script>")[0] for part in page.split("<script")[1:])
+    script = DOM.replace("DATA", json.dumps(data.split(">", 1)[1])) + script.split(">", 1)[1]
+    (tmp_path / "page.js").write_text(script + "console.log(JSON.stringify(made))")
+    output = subprocess.run(["node", tmp_path / "page.js"], capture_output=True, text=True)
+    histogram, roc, legend, overlap, _ = json.loads(output.stdout)
+    assert re.findall(r'text-anchor="end">([^<]*)<', histogram) == ["0", "3", "6", "9", "12"]
+    (x,) = re.findall(r'<line x1="([\d.]+)" x2="\1" [^>]*dasharray="4 3"', histogram)
+    assert 56 < float(x) < 292
+    looks = re.findall(r'stroke="([^"]*)" stroke-dasharray="([^"]*)" points', roc)
+    assert len(set(looks)) == 10 and len({dash for _, dash in looks}) == 5
+    labels = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" style="[^"]*">(\d+)<', overlap)
+    assert [int(n) for *_, n in labels] == list(range(1, 11))
+    assert "</svg> 10 type 9</li>" in legend
 
 
 def test_page_opens_from_disk_and_is_legible():
@@ -125,8 +167,8 @@ def test_another_set_than_the_models_own(masks, own, tiny_demo, run_script, tmp_
     assert pictures(folder / "overlays") == ["good/0.png", "good/1.png", "scratch/0.png"]
 
 
-def test_own_set_in_another_place(model, tiny_demo, run_script, tmp_path):
-    """It is the model's own, if nothing lies where it was."""
+def test_own_set_in_another_place(model, tiny_demo, run_script, tmp_path, monkeypatch):
+    """It is the model's own, if nothing lies where it was and its images were trained on."""
     checkpoint = model.checkpoint()
     checkpoint["training"] = {"data": str(tmp_path / "gone/tiny"), "category": "tiny"}
     (tmp_path / "moved").mkdir()
@@ -134,6 +176,20 @@ def test_own_set_in_another_place(model, tiny_demo, run_script, tmp_path):
     assert_refused(run_script("evaluate.py", "--run", "moved", *CPU), "gone/tiny: no such folder")
     assert run_script("evaluate.py", "--run", "moved", "--data", tiny_demo, *CPU)[0] == 0
     assert json.loads((tmp_path / "moved/results.json").read_text())["own_data"]
+    category = Category("tiny", "mvtec", tmp_path, [save_photo(tmp_path)], None, [])
+    moved = tmp_path / "moved"
+    known = {"category": "tiny", "appearance": {"trained_on": ["another"]}}
+    assert not evaluate.trained_on(category, known)
+    known["appearance"]["trained_on"].append(appearance_of(PHOTO).fingerprint)
+    assert evaluate.trained_on(category, known)
+    put(moved / "anomaly_maps/tiny/test/good/gone.tiff")
+    command = ("evaluate.py", "--run", "moved", "--data", tiny_demo, "--out", "elsewhere", *CPU)
+    assert run_script(*command)[0] == 0 and (tmp_path / "elsewhere/results.json").exists()
+    assert run_script(*command[:-4], "--tiff", *CPU)[0] == 0
+    assert not (moved / "anomaly_maps/tiny/test/good/gone.tiff").exists()
+    monkeypatch.setattr(os, "access", lambda *_: False)  # a read-only file system
+    result = run_script("evaluate.py", "--run", "moved", "--data", tiny_demo, *CPU)
+    assert_refused(result, "moved: cannot be written; name another folder with --out")
 
 
 def test_what_cannot_be_evaluated(run, model, tiny_demo, run_script, tmp_path):
@@ -176,13 +232,15 @@ def test_help_fits_a_screen(run_script):
 def test_score_a_folder(run, run_script, tmp_path):
     put(tmp_path / "in/a.png", Image.new("RGB", (50, 40), "red"))
     put(tmp_path / "in/sub/a.jpg", Image.new("L", (300, 200)))
+    longest = 251 * "n" + ".png"
+    put(tmp_path / "in" / longest, Image.new("L", (30, 20)))  # its overlay needs a shorter name
     for name in ("b.gif", "sub/c.heic", "sub/noend", ".hidden/d.txt"):
         put(tmp_path / "in" / name, b"x")
     command = ("evaluate.py", "--run", run, "--images")
     status, out, err = run_script(*command, "in", *CPU)
-    assert status == 0 and "of 2 images above the threshold" in out and "3 skipped" in out, err
+    assert status == 0 and "of 3 images above the threshold" in out and "3 skipped" in out, err
     rows = rows_of(run / "images/scores.csv")
-    assert [row["image"] for row in rows] == ["a.png", os.path.join("sub", "a.jpg")]
+    assert [row["image"] for row in rows] == ["a.png", longest, os.path.join("sub", "a.jpg")]
     assert rows[0]["score"] != rows[1]["score"]
     skipped = [row["image"] for row in rows_of(run / "images/skipped.csv")]
     assert skipped == ["b.gif", os.path.join("sub", "c.heic"), os.path.join("sub", "noend")]
@@ -192,7 +250,9 @@ def test_score_a_folder(run, run_script, tmp_path):
     put(tmp_path / "other/z.png", b"damaged")
     before = (run / "images/scores.csv").read_bytes()
     assert_refused(run_script(*command, "other", *CPU), "z.png: not an image")
-    assert pictures(run / "images") == ["overlays/a.png.png", "overlays/sub/a.jpg.png"]
+    first, long, last = pictures(run / "images")
+    assert (first, last) == ("overlays/a.png.png", "overlays/sub/a.jpg.png")
+    assert long.startswith("overlays/nnn") and len(long) < 100
     assert (run / "images/scores.csv").read_bytes() == before
     assert run_script(*command, "other", "--skip-bad-images", *CPU)[0] == 0
     assert pictures(run / "images") == ["overlays/b.png.png"]
@@ -272,8 +332,19 @@ def test_recalibration_on_accepted_images(own, run_script, tmp_path, monkeypatch
     assert run_script(*command, "--skip-bad-images")[0] == 0
 
 
-def test_nan_is_never_called_normal():
+def test_nan_is_never_called_normal(own, run_script, monkeypatch):
     assert scoring.verdict(float("nan"), 0.1, 0.05, []) == "reject"
+    titles = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *words: titles.append(words[2]))
+    for score in (float("nan"), 0.2, 0.1):
+        report.overlay(PHOTO, None, {"m": np.zeros((4, 4))}, {"m": score}, (0, 0.1))
+    signs = [title.split()[3] for title in titles if title.startswith("m")]
+    assert signs == [">", ">", "<="]
+    no_number = {"combined": np.full((8, 8), np.nan)}, {"combined": float("nan")}
+    monkeypatch.setattr(evaluate, "predict", lambda *_: no_number)
+    with pytest.raises(ModelError, match="000.png: its score is not a number"):
+        evaluate.main(["--run", str(own), *CPU])
+    assert not (own / "overlays").exists()
 
 
 def test_heat_colours():

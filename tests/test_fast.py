@@ -48,8 +48,11 @@ def test_fast_form_computes_the_same(size, padding, shared_stem, steps, demo_ima
         assert anomaly_map.dtype == score.dtype == torch.float32
         assert rms_ratio(anomaly_map, expected[:n]) < 2e-5
         torch.testing.assert_close(score, scores[:n], rtol=1e-4, atol=1e-5)
-    maps = exact.maps(x[:1])
-    assert all(rms_ratio(maps[name], plain_maps[name]) < 2e-5 for name in plain_maps)
+    maps, predicted = exact.predict(x[:1])
+    assert list(maps) == list(predicted) == list(plain_maps)
+    for name, m in plain_maps.items():
+        assert rms_ratio(maps[name], m) < 2e-5
+        assert predicted[name].item() == pytest.approx(m.max().item(), rel=1e-4, abs=1e-5)
 
     half = optimize(model, "bf16")
     with torch.inference_mode():

@@ -291,6 +291,11 @@ def test_calibration_maps_the_quantiles_to_0_and_01(padding):
     q_a, q_b = (
         model.quantiles[:, i].view(2, 1, 1, 1, 1).expand(2, 1, 1, *raw[0].shape[2:]) for i in (0, 1)
     )
+    hot = torch.zeros_like(raw[0][:1])
+    hot[0, 0, 3, 5] = 1  # output i is centred 4·i + 16 pixels from the edge, 4·i with padding
+    y, x = divmod(model.resize(hot).flatten().argmax().item(), 128)
+    rim = 0 if padding else 4
+    assert abs(y - 4 * (3 + rim) - 1.5) <= 1 and abs(x - 4 * (5 + rim) - 1.5) <= 1
     for q, expected in ((q_a, 0), (q_b, 0.1), (2 * q_b - q_a, 0.2)):
         for name, m in model.normalize_maps(*q).items():
             assert m[0, 0, 64, 64].item() == pytest.approx(expected, abs=1e-5), name

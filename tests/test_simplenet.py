@@ -12,6 +12,7 @@ from torch import nn
 
 from baselines.simplenet import CachedFeatures, Options, SimpleNet, crop_size
 from efficientad import ModelError
+from support import optimizers
 from support.backbone import ResNet
 from support.data import read_image, to_array
 
@@ -196,18 +197,28 @@ def command(weights, tiny_demo):
     return ("baselines.simplenet", *options, "--image-size", 64, "--batch-size", 2)
 
 
-def test_train_and_evaluate(command, tiny_demo, run_script, tmp_path):
+def test_train_and_evaluate(command, tiny_demo, run_script, tmp_path, monkeypatch):
     options = ("--epochs", 2, "--layers", "1,3", "--no-adaptor", "--device", "cpu")
+    options += ("--noise", 0.02, "--lr", 3e-4)
+    rates, make_adam = [], optimizers.make_adam
+
+    def note_rates(groups, device):
+        rates.extend(group["lr"] for group in groups)
+        return make_adam(groups, device)
+
+    monkeypatch.setattr(optimizers, "make_adam", note_rates)
     status, out, err = run_script(*command, *options)
     assert status == 0 and "wrote runs/tiny-simplenet/model.pt" in out, err
     run = tmp_path / "runs/tiny-simplenet"
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [e["step"] for e in log] == [0, 4]  # 2 epochs of 5 images
-    assert log[0].keys() == {"step", "lr", "real", "fake"} and log[0]["lr"] == log[1]["lr"] == 1e-4
+    assert log[0].keys() == {"step", "lr", "real", "fake"} and log[0]["lr"] == log[1]["lr"] == 3e-4
+    assert rates == [3e-4, 6e-4]  # the adaptor's, the discriminator's
     model = SimpleNet.load(str(run / "model.pt"))
     assert model.training_info["epochs"] == 2 and model.training_info["steps"] == 5
     assert model.threshold.item() == model.training_info["scores"][-1]  # for p-values
     assert model.config["layers"] == (1, 3) and not model.config["adaptor"]
+    assert model.noise == 0.02
 
     status, out, err = run_script("evaluate.py", "--device", "cpu")
     assert status == 0 and "local" not in out and "AU-sPRO" in out, err

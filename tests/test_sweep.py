@@ -98,6 +98,26 @@ def test_collection_from_training_to_summary(loco, tiny, run_script, tmp_path):
     assert not list(tmp_path.rglob("*.tmp*"))
 
 
+def test_links_and_hidden_folders(loco, tiny, run_script, tmp_path):
+    """A category has the name of its link; the word demo is not a folder of that name."""
+    for name in ("demo", "v1"):
+        shutil.copytree(loco / "pushpins", tmp_path / "sets" / name)
+    (tmp_path / "all").mkdir()
+    for name in ("alpha", "beta"):
+        (tmp_path / "all" / name).symlink_to(tmp_path / "sets/v1")
+    assert run_script("tools.sweep", "--data", "all", *tiny, "--out", "my runs")[0] == 0
+    shutil.copytree(tmp_path / "my runs/alpha-small", tmp_path / "my runs/.trash")
+    broken = {"own_data": True, "training": {}}
+    (tmp_path / "my runs/beta-small/results.json").write_text(json.dumps(broken))
+    status, out, err = run_script("tools.sweep", "--evaluate", "my runs", "--device", "cpu")
+    assert status == 0 and "| alpha " in out and "| beta " in out and ".trash" not in out, err
+    (tmp_path / "demo").symlink_to(tmp_path / "sets/demo")
+    status, out, err = run_script("tools.sweep", "--data", "./demo", "--seeds", 0, *tiny)
+    assert status == 0, err
+    info = torch.load("runs/demo/demo-small-seed0/model.pt")["training"]
+    assert info["data"] == str((tmp_path / "sets/demo").resolve())
+
+
 def test_interrupted_run_is_resumed(loco, tiny, run_script, tmp_path, interrupt_at):
     command = ("tools.sweep", "--data", loco, *tiny, "--steps", 3)
     with interrupt_at(5):

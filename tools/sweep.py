@@ -157,7 +157,7 @@ def train_all(jobs: list[RunOptions], train: Callable[[RunOptions], Path]) -> No
         with contextlib.suppress(OSError):  # --evaluate names folders without a model
             Path(job.out).mkdir(parents=True, exist_ok=True)
     done = f"{len(share) - len(failed)} of {len(share)} runs complete in {folder}"
-    print(f"{done}; now: python -m tools.sweep --evaluate {folder}")
+    print(f"{done}; now: python -m tools.sweep --evaluate {shlex.quote(str(folder))}")
     if failed:
         print("failed runs, which the same command tries again:", *failed, file=sys.stderr)
         if world == 1:
@@ -171,9 +171,10 @@ def results_of(run: Path, options: evaluate.Options) -> dict:
     """A run's results.json. The run is evaluated first, unless it has one that is whole, newer than
     the model, and of the data that it was trained on."""
     path = run / "results.json"
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         results = json.loads(path.read_text())
         new = path.stat().st_mtime >= (run / "model.pt").stat().st_mtime
+        summarize([results])  # it has all that a summary wants
         if results["own_data"] and new and not options.tiff:
             return results
     print(f"{run}:", file=sys.stderr)
@@ -217,7 +218,7 @@ def evaluate_runs(folder: Path, options: evaluate.Options) -> None:
     if not folder.is_dir():
         raise data.DataError(f"{folder}: no such folder; --evaluate takes a folder of runs")
     results, failed = {}, {}
-    for run in sorted(path for path in folder.iterdir() if path.is_dir()):
+    for run in sorted(path for path in folder.glob("[!.]*") if path.is_dir()):
         if (run / "model.pt").exists():
             with failures(failed, run):
                 results[run] = results_of(run, options)
