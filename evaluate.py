@@ -10,7 +10,6 @@ mask and each map) and, with --tiff, anomaly_maps/ as the official evaluation sc
 and MVTec LOCO read them. A folder of runs: python -m tools.sweep --evaluate DIR.
 """
 
-import math
 import os
 import shlex
 import shutil
@@ -32,7 +31,7 @@ from support.fast import PRECISIONS
 from support.options import OptionError, option, parse_options, pick_device, share
 from support.recalibration import recalibrate
 from support.runs import fingerprint, lock, remove_leftovers, run_command, write
-from support.scoring import fast_form, predict, read, resize, score_folder
+from support.scoring import check_finite, fast_form, predict, read, resize, score_folder
 from support.tiling import TiledEfficientAD
 
 GOES_WITH = {"data": [""], "tiff": [""], "skip_bad_images": ["images", "accept"], "yes": ["accept"]}
@@ -95,8 +94,7 @@ def load_run(run: Path, device: str | torch.device) -> nn.Module:
 
 def find_tests(run: Path, model: nn.Module, name: str | None) -> tuple[data.Category, Path]:
     """The category to test on, and the folder for the results: the run's, or one in it for another
-    set than the run was trained on. The run's own set, which may have moved, has the name that it
-    was trained under: that of a link, for example."""
+    set. The run's own set, which may have moved, keeps the name that it was trained under."""
     info = model.training_info
     if not (name or info.get("data")):
         remedy = "name the category with --data"
@@ -106,18 +104,11 @@ def find_tests(run: Path, model: nn.Module, name: str | None) -> tuple[data.Cate
         reason = "needs good and defective test images (test/good, test/<defect>)"
         raise data.DataError(f"{category.root}: {reason}; score a folder with --images DIR")
     place, trained = category.root.resolve(), Path(info.get("data", category.root)).resolve()
-    if place == trained or (not trained.exists() and trained_on(category, info)):
+    known = info.get("appearance", {}).get("trained_on", [])
+    moved = not trained.exists() and info.get("category") == category.name
+    if place == trained or (moved and data.any_known(category.train, known)):
         return replace(category, name=info.get("category", category.name)), run
     return category, run / f"on-{category.name}-{fingerprint([place]):08x}"
-
-
-def trained_on(category: data.Category, info: dict) -> bool:
-    """Whether a model was trained on this category's images: some of the first ones are known."""
-    known = set(info.get("appearance", {}).get("trained_on", []))
-    if not known:  # an older model
-        return info.get("category") == category.name
-    images = (data.read_image(path) for path in category.train[:20])
-    return any(appearance_of(image).fingerprint in known for image in images)
 
 
 def evaluate(run: Path, model: nn.Module, options: Options) -> dict:
@@ -128,24 +119,21 @@ def evaluate(run: Path, model: nn.Module, options: Options) -> dict:
     scale = (float(model.floor), model.threshold.item())
 
     # Predict: maps and scores of each test image. Full-size maps are too large to keep: their own
-    # size is, in a file.
-    entries, sizes, localization = [], [], metrics.Localization(saturated=loco)
+    # size is, in a file. `looks`: of good images.
+    entries, sizes, looks, localization = [], [], [], metrics.Localization(saturated=loco)
     if options.tiff:
         shutil.rmtree(folder / "anomaly_maps", ignore_errors=True)
-    looks = []  # of good images
     with report.new_overlays(folder) as overlays, tempfile.TemporaryFile(dir=overlays) as kept:
         for sample in tqdm(category.test, "evaluating", unit="image"):
             image, images = read(sample.path, model.image_size)
             maps, scores = predict(model, images)
-            if not all(map(math.isfinite, scores.values())):
-                raise ModelError(f"{sample.path}: its score is not a number; train again")
+            check_finite(sample.path, scores)
             name, size = f"{sample.defect}/{sample.path.stem}", image.size[::-1]
-            own, mask = next(iter(maps.values())), sample.mask(size)
+            own, (mask, truth) = next(iter(maps.values())), category.truth(sample, size)
             full_map = resize(own, image.size)
             looks += [appearance_of(image)] if sample.defect == "good" else []
             if options.tiff:
                 write(folder / "anomaly_maps" / category.name / "test" / f"{name}.tiff", full_map)
-            truth = category.regions(sample, size) if loco else mask
             localization.add(np.asarray(full_map), truth, sample.defect)
             kept.write(own.tobytes())
             sizes.append(image.size)

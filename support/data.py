@@ -232,6 +232,15 @@ class Category:
         training = [path for i, path in enumerate(self.train) if i not in held_out]
         return training, [self.train[i] for i in sorted(held_out)]
 
+    def truth(self, sample: Sample, size: Size) -> tuple:
+        """(mask, what `metrics.Localization.add` takes): of MVTec LOCO its `regions`, else the mask
+        itself. Raises DataError as both do."""
+        if self.layout != "loco":
+            mask = sample.mask(size)
+            return mask, mask
+        regions = self.regions(sample, size)
+        return np.any([np.zeros(size, bool), *(region for region, _ in regions)], 0), regions
+
     def regions(self, sample: Sample, size: Size) -> list[tuple[np.ndarray, float]]:
         """MVTec LOCO's defect regions of an image: (mask bool H×W, saturation area in pixels), one
         for each mask file. Its pixel value names the defect in defects_config.json. Raises
@@ -256,6 +265,13 @@ class Category:
                 raise DataError(f"{path}: {impossible} for {file} with {area} pixels")
             regions.append((values > 0, int(saturation) if relative else saturation))
         return regions
+
+
+def any_known(paths: list[Path], fingerprints: list[int]) -> bool:
+    """Whether one of the first 20 image files has one of these fingerprints of its pixels, or there
+    are none, as older models know none."""
+    images = (read_image(path) for path in paths[:20])
+    return not fingerprints or any(appearance_of(x).fingerprint in fingerprints for x in images)
 
 
 def is_demo(data: str | Path) -> bool:

@@ -1,5 +1,6 @@
 """Scores of image files: one for evaluation, a folder of unlabelled ones as fast as possible."""
 
+import math
 import os
 import sys
 import time
@@ -56,6 +57,12 @@ def predict(model: nn.Module, images: Tensor) -> tuple[dict, dict]:
     maps, scores = model.predict(images)
     maps = {name: m[0, 0].float().cpu().numpy() for name, m in maps.items()}
     return maps, {name: score.item() for name, score in scores.items()}
+
+
+def check_finite(path: Path, scores: dict[str, float]) -> None:
+    """Raise ModelError, which names the image, if a score is not a number."""
+    if not all(map(math.isfinite, scores.values())):
+        raise ModelError(f"{path}: its score is not a number; train again")
 
 
 def resize(values: np.ndarray, size: tuple[int, int]) -> Image.Image:

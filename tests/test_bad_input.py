@@ -110,7 +110,7 @@ def test_folders_that_cannot_be_used(tmp_path, run_script, run):
         (("--images", "a", "--accept", "a"), ("--images and --accept: give one",)),
         (("--accept", "nowhere"), ("nowhere", "no such folder")),
         (("--yes",), ("--yes goes with --accept",)),
-        (("--out", "o"), ("--out goes with --images",)),
+        (("--accept", "a", "--out", "o"), ("--out goes without --accept",)),
     ):
         assert_refused(run_script("evaluate.py", "--run", run, *CPU, *command), *words)
     assert files(run).keys() <= {"model.pt", ".lock"}
@@ -186,6 +186,7 @@ def test_data_sets_that_cannot_be_trained_on(tmp_path, run_script, teacher):
         (("--seed", 2**32), "--seed >= 0 and < 2**32"),
         (("--device", "abacus"), "--device abacus: torch cannot use it"),
         (("--device", "meta"), "--device meta: torch cannot use it"),
+        (("--device", "hpu"), "--device hpu: torch cannot use it"),  # a module that is missing
         (("--a", "0.9", "--b", "0.8"), "--a < --b"),
         (("--lr", "inf"), "--lr > 0"),
         (("--batch-size", 0), "--batch-size >= 1"),

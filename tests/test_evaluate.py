@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,11 +31,6 @@ def rows_of(path) -> list[dict]:
 
 def pictures(folder) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
-
-
-def save_photo(folder) -> Path:
-    PHOTO.save(folder / "photo.png")
-    return folder / "photo.png"
 
 
 def part(root, tiny_demo, masks: bool) -> None:
@@ -176,12 +172,11 @@ def test_own_set_in_another_place(model, tiny_demo, run_script, tmp_path, monkey
     assert_refused(run_script("evaluate.py", "--run", "moved", *CPU), "gone/tiny: no such folder")
     assert run_script("evaluate.py", "--run", "moved", "--data", tiny_demo, *CPU)[0] == 0
     assert json.loads((tmp_path / "moved/results.json").read_text())["own_data"]
-    category = Category("tiny", "mvtec", tmp_path, [save_photo(tmp_path)], None, [])
-    moved = tmp_path / "moved"
-    known = {"category": "tiny", "appearance": {"trained_on": ["another"]}}
-    assert not evaluate.trained_on(category, known)
-    known["appearance"]["trained_on"].append(appearance_of(PHOTO).fingerprint)
-    assert evaluate.trained_on(category, known)
+    moved, known = tmp_path / "moved", {"trained_on": [appearance_of(PHOTO).fingerprint]}
+    info = SimpleNamespace(training_info=checkpoint["training"] | {"appearance": known})
+    assert evaluate.find_tests(moved, info, str(tiny_demo))[1] != moved  # another set of that name
+    known["trained_on"] += [appearance_of(read_image(tiny_demo / "train/good/000.png")).fingerprint]
+    assert evaluate.find_tests(moved, info, str(tiny_demo))[1] == moved
     put(moved / "anomaly_maps/tiny/test/good/gone.tiff")
     command = ("evaluate.py", "--run", "moved", "--data", tiny_demo, "--out", "elsewhere", *CPU)
     assert run_script(*command)[0] == 0 and (tmp_path / "elsewhere/results.json").exists()
