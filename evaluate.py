@@ -98,7 +98,7 @@ def find_tests(run: Path, model: nn.Module, name: str | None) -> tuple[data.Cate
     info = model.training_info
     if not (name or info.get("data")):
         remedy = "name the category with --data"
-        raise data.DataError(f"{run}: the model does not say what it was trained on; {remedy}")
+        raise data.DataError(f"the model does not say what it was trained on; {remedy}")
     category = data.open_category(name or info["data"])
     if len({sample.defect == "good" for sample in category.test}) < 2:
         reason = "needs good and defective test images (test/good, test/<defect>)"
@@ -122,7 +122,7 @@ def evaluate(run: Path, model: nn.Module, options: Options) -> dict:
     # size is, in a file. `looks`: of good images.
     entries, sizes, looks, localization = [], [], [], metrics.Localization(saturated=loco)
     if options.tiff:
-        shutil.rmtree(folder / "anomaly_maps", ignore_errors=True)
+        shutil.rmtree(folder / "anomaly_maps" / category.name, ignore_errors=True)
     with report.new_overlays(folder) as overlays, tempfile.TemporaryFile(dir=overlays) as kept:
         for sample in tqdm(category.test, "evaluating", unit="image"):
             image, images = read(sample.path, model.image_size)
@@ -183,7 +183,8 @@ def main(argv: list[str] | None = None) -> None:
     place = Path(options.out) if options.out else run
     place.mkdir(parents=True, exist_ok=True)
     if not os.access(place, os.W_OK):
-        raise data.DataError(f"{place}: cannot be written; name another folder with --out")
+        remedy = "make it writable" if options.accept else "name another folder with --out"
+        raise data.DataError(f"{place}: cannot be written; {remedy}")
     with lock(place / ".lock"):
         remove_leftovers(place)
         if options.accept is not None:
@@ -191,9 +192,8 @@ def main(argv: list[str] | None = None) -> None:
         elif options.images is None:
             evaluate(place, model, options)
         else:
-            model = fast_form(model, options.precision)
-            folder, skip_bad = Path(options.images), options.skip_bad_images
-            score_folder(place / "images", model, folder, skip_bad, options.false_alarms)
+            about = Path(options.images), options.skip_bad_images, options.false_alarms
+            score_folder(place / "images", fast_form(model, options.precision), *about)
 
 
 if __name__ == "__main__":

@@ -83,6 +83,8 @@ class FastEfficientAD(TiledEfficientAD):
             self.pair = fast_gpu.Pair(self.teacher, self.student)
             began = time.time()
             with BatchGraphs.turn, cudnn_tunes(), torch.cuda.device_of(self.threshold):
+                if device.type == "cuda":  # other models' work on the same streams is over
+                    torch.cuda.synchronize()
                 choices = [self.choose(n) for n in batch_sizes or (1,)]
             self.choice = "; ".join([*choices, f"chosen in {time.time() - began:.1f} s"])
         elif device.type == "cpu":

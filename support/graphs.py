@@ -69,7 +69,8 @@ class Graphed:
     where they are. The first calls are ordinary ones on a side stream, as torch wants before a
     capture. From then on a call launches all kernels at once, and its result lies in the same
     tensors each time. If the capture fails, a warning says so and calls stay ordinary. On another
-    device every call is ordinary."""
+    device every call is ordinary. All share a stream for capture: first calls of two threads take
+    turns, as `BatchGraphs` sees to."""
 
     WARM_UP = 3
 
@@ -109,6 +110,7 @@ class Graphed:
             warnings.warn(f"no CUDA graph, each kernel is launched by itself: {error}")
             with suppress(RuntimeError, AttributeError):  # else freed memory is held for ever
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+                torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
             self.stream = self.result = None
             return
         self.graph = graph
@@ -132,6 +134,8 @@ class BatchGraphs:
                 buffer = torch.zeros(n, 3, *image_size, dtype=torch.uint8, device=device)
             self.graphs[n] = buffer, Graphed(partial(function, buffer), device)
         with self.turn, cudnn_tunes(), torch.no_grad():
+            if self.graphs:  # earlier calls' work is over
+                torch.cuda.synchronize(device)
             for _, graph in self.graphs.values():
                 for _ in range(Graphed.WARM_UP + 1):
                     graph()

@@ -62,7 +62,10 @@ def test_teacher(photos, run_script, tmp_path, tiny_demo):
     more = ("--statistics-images", 99, "--steps", 1, "--start", "teacher.pt", "--out", "next.pt")
     assert run_script("tools.distill", *photos, *more)[0] == 0
     assert log_of(tmp_path / "next.jsonl")[0]["loss"] < 0.8
-    more = (*more[:-1], "medium.pt", "--size", "medium")
+    more = (*more[:-1], "third.pt", "--resume")  # interrupted before it had saved anything
+    assert run_script("tools.distill", *photos, *more)[0] == 0
+    assert log_of(tmp_path / "third.jsonl")[0]["loss"] < 0.8
+    more = (*more[:-2], "medium.pt", "--size", "medium")
     assert_refused(run_script("tools.distill", *photos, *more), "teacher.pt: not a medium teacher")
 
 

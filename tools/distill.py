@@ -195,7 +195,7 @@ class Distillation:
             self.features.append(PatchFeatures(trunk, CHANNELS // len(options.backbone)))
         self.features.to(device, memory_format=torch.channels_last)
         self.pdn = PDN(options.size, padding=not options.interior)
-        if options.start and not options.resume:
+        if options.start and not (options.resume and self.state_file.exists()):
             load_teacher(self.pdn, options.size, options.start)
         self.pdn.to(device, memory_format=torch.channels_last)
         matrices = kernels_of(self.pdn) if options.optimizer == "muon" else []
@@ -242,7 +242,7 @@ class Distillation:
     def restore(self, state: dict) -> None:
         """Go on where the interrupted run was. Raises ModelError or DataError if it was another."""
         file = self.state_file
-        if state.get("options") != self.options.saved():
+        if {"start": None} | state.get("options", {}) != self.options.saved():
             remedy = "repeat the command that made it, with --resume"
             raise ModelError(f"{file}: made with other options; {remedy}")
         if state.get("photos") != self.photos:

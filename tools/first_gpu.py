@@ -49,12 +49,15 @@ def correctness(tests: str, log: Path, device: torch.device, seconds: float) -> 
     environment["COLUMNS"] = "250"  # else pytest cuts the reasons
     with open(log, "ab") as file:
         begin, both = file.tell(), {"stdout": file, "stderr": subprocess.STDOUT}
-        with suppress(subprocess.TimeoutExpired):
-            subprocess.run(words, cwd=ROOT, env=environment, timeout=seconds, **both)
+        try:
+            process = subprocess.run(words, cwd=ROOT, env=environment, timeout=seconds, **both)
+            regular = process.returncode in (0, 1, 5)  # passed, failed, nothing to do
+            end = "" if regular else f"exit status {process.returncode}: "
+        except subprocess.TimeoutExpired:
+            end = f"longer than {seconds:.0f} s: "
     lines = log.read_bytes()[begin:].decode(errors="replace").strip().splitlines() or ["nothing"]
     failed = [line[:200] for line in lines if line.startswith(("FAILED", "ERROR"))]
-    over = "" if re.search(r" in [\d.]+s", lines[-1]) else f"longer than {seconds:.0f} s: "
-    return {tests: over + "; ".join([lines[-1], *failed[:9]])}
+    return {tests: end + "; ".join([lines[-1], *failed[:9]])}
 
 
 def training(device: torch.device) -> dict:
@@ -119,11 +122,11 @@ def work(begun, path: Path, *about) -> None:
 
 
 def first_gpu(path: Path, *about) -> dict:
-    """Measure part by part until the time is over; `path` holds what is known so far, and a .log
+    """Measure part by part until the time is over; `path` holds what is known so far, and NAME.log
     beside it what the tests say. A part that fails or is cut short says so under its name. `about`:
     the last arguments of `parts`."""
     context, end = multiprocessing.get_context(START), time.time() + 60 * about[-1]
-    log = path.with_suffix(".log")
+    log = path.with_name(f"{path.name}.log")
     log.unlink(missing_ok=True)
     names = [name for name, _ in parts(log, *about)]
     begun = context.RawValue("i", -1)
@@ -134,9 +137,9 @@ def first_gpu(path: Path, *about) -> dict:
         try:
             worker.join(max(0.01, end - time.time()))
         finally:
+            alive = worker.exitcode is None
             with suppress(ProcessLookupError):
                 os.killpg(worker.pid, signal.SIGKILL)  # what it has started too
-        alive = worker.exitcode is None
         worker.kill()
         worker.join()
         if worker.exitcode and not alive:
