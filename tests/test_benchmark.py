@@ -121,6 +121,17 @@ def test_first_gpus_tests(tmp_path):
     assert found.startswith("longer than 0 s")
 
 
+def test_a_gpus_calls_are_timed_in_a_graph(monkeypatch):
+    """Timed one by one they would show how fast the host launches."""
+    testing = pytest.importorskip("triton.testing", reason="no Triton for this platform")
+    called = []
+    monkeypatch.setattr(
+        testing, "do_bench_cudagraph", lambda function, **_: called.append(function) or 0.5
+    )
+    assert benchmark.milliseconds(test_rows_take_turns, torch.device("cuda")) == 0.5
+    assert called == [test_rows_take_turns]
+
+
 def test_rows_take_turns():
     turns = []
     benchmark.take_turns({name: partial(turns.append, name) for name in "ab"}, budget=0)

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from functools import partial, wraps
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from support import fast_gpu
 from support.calibration import calibrate, with_noise
 from support.checkpoints import load_model
 from support.fast import cpu_has_bf16, optimize
-from support.graphs import BatchGraphs, Graphed
+from support.graphs import BatchGraphs, Graphed, beside
 from support.int8 import Int8Conv
 from support.tiling import TiledEfficientAD
 
@@ -222,6 +223,31 @@ def test_a_capture_that_fails_leaves_ordinary_calls(monkeypatch):
         graphed.capture()
     assert graphed.graph is None and graphed() == 7
     assert current == ["caller's"] and [name[6:9] for name, *_ in ended] == ["end", "rel"]
+
+
+def test_work_beside_each_other_is_forked_and_joined(monkeypatch):
+    """A graph keeps the waits: the side stream begins behind the current one, which waits for it."""
+    calls = []
+    current, side = (SimpleNamespace(device=CPU, name=name) for name in ("current", "side"))
+
+    def wait(stream, other):
+        calls.append(f"{stream.name} waits for {other.name}")
+
+    for stream in (current, side):
+        stream.wait_stream = partial(wait, stream)
+
+    @contextmanager
+    def within(stream):
+        calls.append(f"begin {stream.name}")
+        yield
+        calls.append(f"end {stream.name}")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "stream", within)
+    first, second = (lambda: calls.append("first") or 1), (lambda: calls.append("second") or 2)
+    assert beside(first, second, side) == (1, 2) == beside(first, second, None)
+    order = ["side waits for current", "begin side", "second", "end side", "first"]
+    assert calls == [*order, "current waits for side", "first", "second"]
 
 
 class Recorder:
