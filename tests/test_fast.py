@@ -226,7 +226,7 @@ def test_a_capture_that_fails_leaves_ordinary_calls(monkeypatch):
 
 
 def test_work_beside_each_other_is_forked_and_joined(monkeypatch):
-    """A graph keeps the waits: the side stream begins behind the current one, which waits for it."""
+    """A graph keeps the waits: the side stream begins behind the current one, which then waits."""
     calls = []
     current, side = (SimpleNamespace(device=CPU, name=name) for name in ("current", "side"))
 
