@@ -332,6 +332,7 @@ def test_teacher_files_in_both_published_layouts(size, tmp_path):
         load_teacher(teacher, size, tmp_path / "t.pt")
         for weight, expected in zip(teacher.parameters(), state.values()):
             assert torch.equal(weight, expected.float())
+    load_teacher(teacher, size, ROOT / f"weights/teacher_{size}.pt")  # the bundled one
 
 
 def test_models_of_earlier_versions_load(model, tmp_path):
