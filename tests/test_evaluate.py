@@ -127,8 +127,8 @@ def test_pages_plots(tmp_path):
     assert 56 < float(x) < 292
     looks = re.findall(r'stroke="([^"]*)" stroke-dasharray="([^"]*)" points', roc)
     assert len(set(looks)) == 10 and len({dash for _, dash in looks}) == 5
-    labels = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" style="[^"]*">(\d+)<', overlap)
-    assert [int(n) for *_, n in labels] == list(range(1, 11))
+    labels = re.findall(r'<text class="number"[^>]*>(\d+)<', overlap)
+    assert labels == [str(i) for i in range(1, 11)]
     assert "</svg> 10 type 9</li>" in legend
 
 
