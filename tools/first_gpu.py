@@ -43,10 +43,10 @@ def correctness(tests: str, log: Path, device: torch.device, seconds: float) -> 
     """The checks of the kernels, or a file's tests that have a GPU or compare with it. `log` gets
     what pytest says; the result is its last line, and what fails."""
     words = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", tests]
-    if "kernel_checks" not in tests:
-        words += ["-k", "gpu or cuda or graph or captured"]
-    environment = os.environ | {"TRITON_INTERPRET": "1" if device.type == "cpu" else "0"}
-    environment["COLUMNS"] = "250"  # else pytest cuts the reasons
+    kernels = "kernel_checks" in tests
+    words += [] if kernels else ["-k", "gpu or cuda or graph or captured"]
+    environment = os.environ | {"COLUMNS": "250"}  # else pytest cuts the reasons
+    environment["TRITON_INTERPRET"] = "1" if kernels and device.type == "cpu" else "0"
     with open(log, "ab") as file:
         begin, both = file.tell(), {"stdout": file, "stderr": subprocess.STDOUT}
         try:
