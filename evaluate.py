@@ -10,12 +10,11 @@ mask and each map) and, with --tiff, anomaly_maps/ as the official evaluation sc
 and MVTec LOCO read them. A folder of runs: python -m tools.sweep --evaluate DIR.
 """
 
-import os
 import shlex
-import shutil
-import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ from support.fast import PRECISIONS
 from support.options import OptionError, option, parse_options, pick_device, share
 from support.recalibration import recalibrate
 from support.runs import fingerprint, lock, remove_leftovers, run_command, write
-from support.scoring import check_finite, fast_form, predict, read, resize, score_folder
+from support.scoring import check_finite, fast_form, predict, read, read_back, resize, score_folder
 from support.tiling import TiledEfficientAD
 
 GOES_WITH = {"data": [""], "tiff": [""], "skip_bad_images": ["images", "accept"], "yes": ["accept"]}
@@ -92,14 +91,14 @@ def load_run(run: Path, device: str | torch.device) -> nn.Module:
     return model.to(device, memory_format=torch.channels_last)
 
 
-def find_tests(run: Path, model: nn.Module, name: str | None) -> tuple[data.Category, Path]:
-    """The category to test on, and the folder for the results: the run's, or one in it for another
-    set. The run's own set, which may have moved, keeps the name that it was trained under."""
-    info = model.training_info
-    if not (name or info.get("data")):
+def find_tests(run: Path, model: nn.Module, options: Options) -> tuple[data.Category, Path, bool]:
+    """The category to test on, the folder for the results, and whether it is the run's own set.
+    That one, which may have moved, keeps its name; another set's results lie in a folder in it."""
+    info, folder = model.training_info, Path(options.out or run)
+    if not (options.data or info.get("data")):
         remedy = "name the category with --data"
-        raise data.DataError(f"the model does not say what it was trained on; {remedy}")
-    category = data.open_category(name or info["data"])
+        raise data.DataError(f"{run}: the model does not say what it was trained on; {remedy}")
+    category = data.open_category(options.data or info["data"])
     if len({sample.defect == "good" for sample in category.test}) < 2:
         reason = "needs good and defective test images (test/good, test/<defect>)"
         raise data.DataError(f"{category.root}: {reason}; score a folder with --images DIR")
@@ -107,23 +106,22 @@ def find_tests(run: Path, model: nn.Module, name: str | None) -> tuple[data.Cate
     known = info.get("appearance", {}).get("trained_on", [])
     moved = not trained.exists() and info.get("category") == category.name
     if place == trained or (moved and data.any_known(category.train, known)):
-        return replace(category, name=info.get("category", category.name)), run
-    return category, run / f"on-{category.name}-{fingerprint([place]):08x}"
+        return replace(category, name=info.get("category", category.name)), folder, True
+    return category, folder / f"on-{category.name}-{fingerprint([place]):08x}", False
 
 
 def evaluate(run: Path, model: nn.Module, options: Options) -> dict:
-    """Evaluate a run on its category's test images, or on those of options.data. Writes and prints
-    the results; returns what results.json holds."""
-    category, folder = find_tests(run, model, options.data)
+    """Evaluate a run on test images; write, print and return the results, as in results.json."""
+    category, folder, own_data = find_tests(run, model, options)
     info, loco = model.training_info, category.layout == "loco"
     scale = (float(model.floor), model.threshold.item())
 
-    # Predict: maps and scores of each test image. Full-size maps are too large to keep: their own
-    # size is, in a file. `looks`: of good images.
+    # Predict: maps and scores of each image. Maps are kept in a file. `looks`: of good images.
     entries, sizes, looks, localization = [], [], [], metrics.Localization(saturated=loco)
-    if options.tiff:
-        shutil.rmtree(folder / "anomaly_maps" / category.name, ignore_errors=True)
-    with report.new_overlays(folder) as overlays, tempfile.TemporaryFile(dir=overlays) as kept:
+    tiffs = folder / "anomaly_maps" / category.name
+    new_tiffs = report.new_folder(tiffs) if options.tiff else nullcontext()
+    new_overlays = report.new_folder(folder / "overlays")
+    with new_tiffs as tiffs, new_overlays as overlays, TemporaryFile(dir=overlays) as kept:
         for sample in tqdm(category.test, "evaluating", unit="image"):
             image, images = read(sample.path, model.image_size)
             maps, scores = predict(model, images)
@@ -133,7 +131,7 @@ def evaluate(run: Path, model: nn.Module, options: Options) -> dict:
             full_map = resize(own, image.size)
             looks += [appearance_of(image)] if sample.defect == "good" else []
             if options.tiff:
-                write(folder / "anomaly_maps" / category.name / "test" / f"{name}.tiff", full_map)
+                write(tiffs / "test" / f"{name}.tiff", full_map)
             localization.add(np.asarray(full_map), truth, sample.defect)
             kept.write(own.tobytes())
             sizes.append(image.size)
@@ -141,10 +139,7 @@ def evaluate(run: Path, model: nn.Module, options: Options) -> dict:
             entries.append(entry | report.report_entry(image, mask, maps, scale))
             write(overlays / f"{name}.png", report.overlay(image, mask, maps, scores, scale))
         if localization.located:
-            kept.seek(0)
-            stored = (np.frombuffer(kept.read(own.nbytes), own.dtype) for _ in sizes)
-            full_maps = (resize(m.reshape(own.shape), size) for m, size in zip(stored, sizes))
-            localization.measure(tqdm(full_maps, "measuring", len(sizes), unit="image"))
+            localization.measure(tqdm(read_back(kept, own, sizes), "measuring", len(sizes)))
 
     # Measure: which images are defective, and where.
     defects = [sample.defect for sample in category.test]
@@ -166,7 +161,7 @@ def evaluate(run: Path, model: nn.Module, options: Options) -> dict:
     n = info.get("validation_images")
     expected, bound = metrics.false_alarms(n) if n else (None, None)
     promise = {"expected_false_alarms": expected, "upper_bound_95": bound}
-    results |= {"training": training, "floor": scale[0], "own_data": folder == run}
+    results |= {"training": training, "floor": scale[0], "own_data": own_data}
     results["calibration"] = {"validation_images": n, **promise}
     results["drift"] = drift(looks, info.get("appearance", {}))
     report.write_results(folder, results, entries, curves)
@@ -182,15 +177,12 @@ def main(argv: list[str] | None = None) -> None:
     model = load_run(run, options.device)
     place = Path(options.out) if options.out else run
     place.mkdir(parents=True, exist_ok=True)
-    if not os.access(place, os.W_OK):
-        remedy = "make it writable" if options.accept else "name another folder with --out"
-        raise data.DataError(f"{place}: cannot be written; {remedy}")
     with lock(place / ".lock"):
         remove_leftovers(place)
         if options.accept is not None:
             recalibrate(run, model, Path(options.accept), options.yes, options.skip_bad_images)
         elif options.images is None:
-            evaluate(place, model, options)
+            evaluate(run, model, options)
         else:
             about = Path(options.images), options.skip_bad_images, options.false_alarms
             score_folder(place / "images", fast_form(model, options.precision), *about)

@@ -43,7 +43,8 @@ def recalibrate(run: Path, model: nn.Module, folder: Path, confirmed: bool, skip
     info, looks = model.training_info, list(images.appearances.values())
     trained_on = set(info.get("appearance", {}).get("trained_on", []))
     if not trained_on:
-        print("note: an older model; whether it was trained on some of them cannot be told")
+        unknown = "an older model; whether it was trained on some of them cannot be told"
+        print(f"note: {unknown}", file=sys.stderr)
     for path, look in zip(images.paths, looks):
         if look.fingerprint in trained_on:
             remedy = "the model was trained on it, so its score is too low: take such images out"

@@ -143,10 +143,9 @@ def overlay(
 
 
 @contextlib.contextmanager
-def new_overlays(folder: Path) -> Iterator[Path]:
-    """A folder for overlays that takes the place of the former ones at the end; after an error
-    these stay."""
-    new, old = folder / "overlays.new", folder / "overlays"
+def new_folder(old: Path) -> Iterator[Path]:
+    """A folder that takes the place of `old` at the end; after an error that one stays."""
+    new = old.with_name(f"{old.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:

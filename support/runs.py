@@ -53,9 +53,15 @@ def run_command(main: Callable[[], object], name: str) -> None:
 
 def lock(path: Path) -> BinaryIO:
     """Take the lock file `path`, until it is closed or the process ends. Raises DataError if
-    another process has it. A record lock rather than flock: loader workers, which outlive a killed
-    run by seconds, do not inherit it."""
-    file = open(path, "ab")
+    another process has it, or the folder cannot be written. A record lock rather than flock: loader
+    workers, which outlive a killed run by seconds, do not inherit it."""
+    try:
+        file = open(path, "ab")
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        remedy = "make it writable, or name another folder with --out"
+        raise DataError(f"{path.parent}: cannot be written; {remedy}") from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (AttributeError, OSError) as error:

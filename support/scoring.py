@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -70,6 +71,14 @@ def resize(values: np.ndarray, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(values).resize(size, Image.Resampling.BILINEAR)
 
 
+def read_back(file: BinaryIO, like: np.ndarray, sizes: list) -> Iterator[Image.Image]:
+    """The maps that a file holds, of `like`'s shape and type, each at its image's size (W, H)."""
+    file.seek(0)
+    for size in sizes:
+        stored = np.frombuffer(file.read(like.nbytes), like.dtype)
+        yield resize(stored.reshape(like.shape), size)
+
+
 def read_ahead(paths: list[Path], size: tuple[int, int]) -> Iterator[tuple]:
     """(image, model's input) or a DataError for each path, decoded by a thread."""
 
@@ -117,7 +126,7 @@ def score_folder(
     known, scale = info.get("scores", []), (float(model.floor), threshold)
     paths, rows, skipped, began = data.list_images(folder, recursive=True), [], [], time.time()
     looks, known_looks = [], info.get("appearance")
-    with report.new_overlays(place) as overlays, ThreadPoolExecutor(1) as pool:
+    with report.new_folder(place / "overlays") as overlays, ThreadPoolExecutor(1) as pool:
         decoded, pending = read_ahead(paths, model.image_size), []
         for path, found in zip(tqdm(paths, "scoring", unit="image"), decoded):
             name, odd = str(path.relative_to(folder)), []

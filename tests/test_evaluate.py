@@ -1,6 +1,7 @@
 """evaluate.py and what it writes, on tiny sets."""
 
 import csv
+import errno
 import json
 import os
 import re
@@ -174,17 +175,24 @@ def test_own_set_in_another_place(model, tiny_demo, run_script, tmp_path, monkey
     assert json.loads((tmp_path / "moved/results.json").read_text())["own_data"]
     moved, known = tmp_path / "moved", {"trained_on": [appearance_of(PHOTO).fingerprint]}
     info = SimpleNamespace(training_info=checkpoint["training"] | {"appearance": known})
-    assert evaluate.find_tests(moved, info, str(tiny_demo))[1] != moved  # another set of that name
+    options = evaluate.Options(data=str(tiny_demo), device="cpu")
+    assert not evaluate.find_tests(moved, info, options)[2]  # another set of that name
     known["trained_on"] += [appearance_of(read_image(tiny_demo / "train/good/000.png")).fingerprint]
-    assert evaluate.find_tests(moved, info, str(tiny_demo))[1] == moved
+    assert evaluate.find_tests(moved, info, options)[1:] == (moved, True)
     put(moved / "anomaly_maps/tiny/test/good/gone.tiff")
+    put(moved / "anomaly_maps/other/test/good/kept.tiff")
     command = ("evaluate.py", "--run", "moved", "--data", tiny_demo, "--out", "elsewhere", *CPU)
     assert run_script(*command)[0] == 0 and (tmp_path / "elsewhere/results.json").exists()
     assert run_script(*command[:-4], "--tiff", *CPU)[0] == 0
-    assert not (moved / "anomaly_maps/tiny/test/good/gone.tiff").exists()
-    monkeypatch.setattr(os, "access", lambda *_: False)  # a read-only file system
+    maps = [path.name for path in (moved / "anomaly_maps").rglob("good/*.tiff")]
+    assert sorted(maps) == ["000.tiff", "001.tiff", "002.tiff", "kept.tiff"]
+
+    def read_only(path, mode):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr("support.runs.open", read_only, raising=False)
     result = run_script("evaluate.py", "--run", "moved", "--data", tiny_demo, *CPU)
-    assert_refused(result, "moved: cannot be written; name another folder with --out")
+    assert_refused(result, "moved: cannot be written; make it writable, or name another")
 
 
 def test_what_cannot_be_evaluated(run, model, tiny_demo, run_script, tmp_path):
@@ -383,6 +391,6 @@ def test_many_images_at_flat_memory(work, run, model, tmp_path, monkeypatch):
     else:
         samples = [Sample(path, "good" if i else "bad", ()) for i, path in enumerate(paths)]
         category = Category("many", "mvtec", tmp_path, [], None, samples)
-        monkeypatch.setattr(evaluate, "find_tests", lambda *_: (category, run))
+        monkeypatch.setattr(evaluate, "find_tests", lambda *_: (category, run, True))
         evaluate.evaluate(run, model, evaluate.Options(data="many", device="cpu"))
     assert sizes[1] - sizes[0] < 30_000, sizes  # 100 images would be 140,000, as many maps 190,000
