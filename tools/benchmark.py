@@ -57,11 +57,14 @@ from tools.first_gpu import ROOT, first_gpu, put_in_place
 USAGE = "python -m tools.benchmark [options]"
 
 
+SHARED_STEM = "EfficientAD-S, shared stem"  # recipe short's
+
+
 class Scope(NamedTuple):
     """What is measured, and in how many seconds a table."""
 
     budget: float = 120
-    models: tuple = ("EfficientAD-S", "EfficientAD-M", "SimpleNet")
+    models: tuple = ("EfficientAD-S", SHARED_STEM, "EfficientAD-M", "SimpleNet")
     rows: tuple = tuple(ROWS)
     batches: tuple = (1, 16)
     cost_batches: tuple = (1, 2, 4, 8, 16, 32)
@@ -71,7 +74,8 @@ class Scope(NamedTuple):
 
 
 FAST_TO_MAKE = tuple(name for name in ROWS if "compile" not in name)
-QUICK = Scope(10, ("EfficientAD-S", "SimpleNet"), FAST_TO_MAKE, (1,), (1, 4), (128, 256), (1, 4, 8))
+S_ONLY = ("EfficientAD-S", SHARED_STEM, "SimpleNet")
+QUICK = Scope(10, S_ONLY, FAST_TO_MAKE, (1,), (1, 4), (128, 256), (1, 4, 8))
 FIRST = Scope(10, ("EfficientAD-S", "EfficientAD-M"))  # of --first-gpu
 
 
@@ -154,7 +158,8 @@ def make_model(name: str, device: torch.device, side: int) -> nn.Module:
     if name == "SimpleNet":
         return SimpleNet().to(device).eval()
     size = "medium" if name == "EfficientAD-M" else "small"
-    return EfficientAD(size=size, image_size=(side, side)).to(device).eval()
+    shape = {"size": size, "image_size": (side, side), "shared_stem": name == SHARED_STEM}
+    return EfficientAD(**shape).to(device).eval()
 
 
 def draw_images(n: int, side: int, device: torch.device) -> Tensor:
@@ -246,7 +251,7 @@ def training_section(scope: Scope, device: torch.device) -> dict:
     makers = {"plain fp32": (plain_step, "fp32"), f"plain {best}": (plain_step, best)}
     makers["ours"] = our_step, best
     for name in scope.models:
-        if name == "SimpleNet":
+        if name in ("SimpleNet", SHARED_STEM):  # the steps are the paper's
             continue
         model, functions = make_model(name, device, scope.side).train(), {}
         images, photos = (draw_images(1, scope.side, device) for _ in range(2))
