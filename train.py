@@ -32,6 +32,7 @@ from support.tiling import TiledEfficientAD
 
 PAPER_STEPS, CPU_STEPS, SHORT_STEPS = 70000, 1500, 10000  # below SHORT_STEPS: recipe short
 LR = {"paper": 1e-4, "short": 1e-3}
+ORDERS = {"images": 0, "teacher": 0, "photos": 1, "known": 2, "known_teacher": 2}  # alike or not
 USAGE = "python train.py [--data DIR] [options]"
 
 
@@ -113,20 +114,24 @@ def optimizers_of(model: EfficientAD, options: Options) -> list[torch.optim.Opti
 def make_step(model: EfficientAD, optimizers: list, options: Options, data: dict) -> Callable:
     """A function that takes step i and returns its losses from images, photos, teacher outputs."""
     device, n, streams = torch.device(options.device), options.batch_size, {}
-    losses = partial(losses_of, model=model, p_hard=options.p_hard)
-    compute = training.Step(losses, optimizers, device, options.precision)
+    about = optimizers, device, options.precision
+    compute = training.Step(partial(losses_of, model=model, p_hard=options.p_hard), *about)
+    compute_known = training.Step(partial(training.known_losses, model=model), *about)
+    model.train().autoencoder.train(not model.shared_stem)  # recipe short: no dropout
 
     def take_step(step: int) -> dict[str, Tensor]:
         if not streams:  # a resumed run begins in the middle
             steps, seed = range(step, options.steps), options.seed
             for i, images in data.items():
                 if images is not None:
-                    streams[i] = training.batches_of(images, steps, n, seed, int(i == "photos"))
+                    streams[i] = training.batches_of(images, steps, n, seed, ORDERS[i])
             if "photos" in streams and model.shared_stem:
                 streams["photos"] = training.quarters(streams["photos"], steps, seed)
         torch.manual_seed(options.seed * 1_000_003 + step)
         set_rate(optimizers, rate_factor(step, options))
         batch = {name: next(batches) for name, batches in streams.items()}
+        if "known" in batch:  # recipe short: a step more for the autoencoder
+            compute_known({name: batch.pop(name) for name in ("known", "known_teacher")})
         return compute({**batch, "draws": training.draw(n)})
 
     return take_step
@@ -157,9 +162,11 @@ def train(options: Options) -> Path:
         each = training.one_by_one(data["images"], device, "teacher statistics")
         with torch.autocast(device.type, torch.bfloat16, short and options.precision == "bf16"):
             model.fit_teacher_statistics(each)
+        if short:
+            training.keep_teacher_outputs(model, data, options.precision)
     if options.steps is None:
         options.steps = 10**6  # of the copy that measures
-        trial = copy.deepcopy(model).train()
+        trial = copy.deepcopy(model)
         take_step = make_step(trial, optimizers_of(trial, options), options, data)
         end = training.process_start() + 60 * options.minutes
         options.steps = training.steps_until(end, take_step, model, normal.validation)
@@ -170,13 +177,11 @@ def train(options: Options) -> Path:
     run.describe(f"recipe {options.recipe}: {options.steps} steps of {n}", penalty)
 
     # The teacher's outputs for I are kept if they are wanted more than once.
-    count = len(data["images"])
-    if not short and count <= wanted and training.outputs_fit(model, count, options.precision):
-        each = training.one_by_one(data["images"], device, "teacher outputs")
-        data["teacher"] = training.teacher_outputs(model, each, options.precision)
+    if short or len(data["images"]) <= wanted:
+        training.keep_teacher_outputs(model, data, options.precision)
 
     # Training: the sum of the losses is minimized.
-    take_step = make_step(model.train(), optimizers, options, data)
+    take_step = make_step(model, optimizers, options, data)
     for step in run.steps(options.steps):
         run.record(step, take_step(step), options.lr * rate_factor(step, options))
 

@@ -186,6 +186,15 @@ def short_losses(
     return losses
 
 
+def known_losses(batch: dict[str, Tensor], model: EfficientAD) -> dict[str, Tensor]:
+    """L_AE of images I whose teacher outputs are known, see `keep_teacher_outputs`."""
+    autoencoder, teacher = (
+        model.autoencoder(model.normalize(batch["known"])),
+        batch["known_teacher"],
+    )
+    return {"autoencoder": autoencoder_loss(teacher.permute(0, 3, 1, 2), autoencoder)}
+
+
 @torch.no_grad()
 def teacher_outputs(model: EfficientAD, batches: Iterable[Tensor], precision: str) -> Tensor:
     """`teacher_features` of batches of images as a training step computes them, N×h×w×384; those of
@@ -198,10 +207,21 @@ def teacher_outputs(model: EfficientAD, batches: Iterable[Tensor], precision: st
     return torch.cat(outputs)
 
 
-def outputs_fit(model: EfficientAD, images: int, precision: str) -> bool:
-    """Whether `teacher_outputs` of so many images take no more than KEPT_BYTES."""
-    size = 4 if precision == "fp32" else 2
-    return images * CHANNELS * math.prod(model.map_size) * size <= KEPT_BYTES
+def keep_teacher_outputs(model: EfficientAD, data: dict, precision: str) -> None:
+    """Add to the data of a training `teacher`, the teacher's outputs for its images, if they take
+    no more than KEPT_BYTES. Recipe short: `known`, as many of the images as there is room for,
+    evenly spread, and `known_teacher`. What is there already stays."""
+    images, device = data["images"], model.threshold.device
+    size = CHANNELS * math.prod(model.map_size) * (4 if precision == "fp32" else 2)
+    every, name = math.ceil(len(images) / max(1, KEPT_BYTES // size)), "teacher"
+    if "known_teacher" in data or (every > 1 and not model.shared_stem):
+        return
+    if model.shared_stem:
+        chosen = [torch.as_tensor(images[i]) for i in range(0, len(images), every)]
+        data["known"] = images = torch.stack(chosen).to(device)
+        name = "known_teacher"
+    each = one_by_one(images, device, "teacher outputs")
+    data[name] = teacher_outputs(model, each, precision)
 
 
 def start_from_teacher(model: EfficientAD) -> None:

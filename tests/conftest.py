@@ -166,7 +166,8 @@ def run_script(tmp_path, monkeypatch, capfd):
 
 @pytest.fixture
 def interrupt_at(monkeypatch):
-    """interrupt_at(n): within the context, the n-th step of an optimizer comes with a Ctrl-C."""
+    """interrupt_at(n): within the context, the n-th step of Adam comes with a Ctrl-C. Recipe short
+    takes two of them in a step of training."""
 
     @contextlib.contextmanager
     def context(n: int):

@@ -120,7 +120,7 @@ def test_links_and_hidden_folders(loco, tiny, run_script, tmp_path):
 
 def test_interrupted_run_is_resumed(loco, tiny, run_script, tmp_path, interrupt_at):
     command = ("tools.sweep", "--data", loco, *tiny, "--steps", 3)
-    with interrupt_at(5):
+    with interrupt_at(10):
         assert run_script(*command)[0] == 130
     runs = tmp_path / "runs/loco"
     assert list(models(runs)) == ["pushpins-small"]

@@ -155,7 +155,7 @@ def test_photos_that_change_while_a_run_is_interrupted(command, run_script, tmp_
     order = permutation(4, 0, 1, 0).tolist()  # of epoch 0
     for i in range(4):
         put(tmp_path / f"photos/{i}.png", b"junk" if i == order[0] else PHOTO)
-    with interrupt_at(3):
+    with interrupt_at(6):
         options = ("--steps", 4, "--pretraining-images", "photos", "--skip-bad-images")
         assert run_script(*command, *options)[0] == 130
     assert read_checkpoint(tmp_path / "o/resume.pt")["step"] == 3
@@ -170,7 +170,7 @@ def test_photos_that_change_while_a_run_is_interrupted(command, run_script, tmp_
 def test_resume_from_another_folder_after_the_data_moved(
     command, run_script, tmp_path, interrupt_at, monkeypatch
 ):
-    with interrupt_at(2):
+    with interrupt_at(4):
         assert run_script(*command, "--steps", 3)[0] == 130
     state = read_checkpoint("o/resume.pt")
     assert state["options"]["data"] == str(tmp_path / "part")

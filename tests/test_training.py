@@ -15,14 +15,16 @@ from torch import nn
 
 import support.training
 import train
-from efficientad import EfficientAD
-from support.checkpoints import load_model
+from efficientad import EfficientAD, autoencoder_loss
+from support.checkpoints import load_model, load_teacher
 from support.optimizers import Muon, cosine, make_adam, orthogonal, set_rate
 from support.training import (
     Step,
     augment,
     draw,
     in_threads,
+    keep_teacher_outputs,
+    known_losses,
     luma,
     quarters,
     shuffled,
@@ -123,6 +125,30 @@ def test_teacher_outputs_are_kept_if_there_is_room(tiny_demo, teacher, monkeypat
         states.append(load_model(folder / "model.pt", EfficientAD).student.state_dict())
     for a, b in zip(*(s.values() for s in states)):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_recipe_shorts_step(demo_images, teacher, monkeypatch):
+    """The autoencoder takes another step, on images whose teacher outputs are kept: here there is
+    room for two of five. It learns without dropout."""
+    model = EfficientAD(image_size=DEMO_SIZE, shared_stem=True)
+    load_teacher(model.teacher, "small", teacher)
+    model.fit_teacher_statistics([demo_images[:2]])
+    monkeypatch.setattr(support.training, "KEPT_BYTES", 2 * 384 * 24 * 24 * 4)
+    data = {"images": demo_images[:5], "photos": None}
+    keep_teacher_outputs(model, data, "fp32")
+    assert torch.equal(data["known"], demo_images[[0, 3]])
+    x = model.normalize(data["known"])
+    expected = autoencoder_loss(model.teacher_features(x), model.eval().autoencoder(x))
+    torch.testing.assert_close(known_losses(data, model)["autoencoder"], expected)
+
+    options = train.Options(device="cpu", steps=9, precision="fp32")
+    adam, muon = train.optimizers_of(model, options)
+    losses = train.make_step(model, [adam, muon], options, data)(4)
+    assert losses.keys() == {"hard", "autoencoder", "student_autoencoder"}
+    steps = (adam.state[network[-1].bias]["step"] for network in (model.student, model.autoencoder))
+    assert [int(step) for step in steps] == [1, 2]
+    dropout = [layer.training for layer in model.autoencoder if isinstance(layer, nn.Dropout)]
+    assert model.student.training and len(dropout) == 6 and not any(dropout)
 
 
 def test_quarters_are_random_parts():
