@@ -31,7 +31,7 @@ from support.runs import Run, check_free, run_command
 from support.tiling import TiledEfficientAD
 
 PAPER_STEPS, CPU_STEPS, SHORT_STEPS = 70000, 1500, 10000  # below SHORT_STEPS: recipe short
-LR = {"paper": 1e-4, "short": 1e-3}
+LR = {"paper": 1e-4, "short": 2e-3}
 ORDERS = {"images": 0, "teacher": 0, "photos": 1, "known": 2, "known_teacher": 2}  # alike or not
 USAGE = "python train.py [--data DIR] [options]"
 
@@ -50,7 +50,7 @@ class Options(RunOptions):
         None, "photos for the penalty, or none; default crops of two photographs", metavar="DIR"
     )
     padding: bool = option(False, "zero padding inside teacher and student; not in the paper")
-    lr: float | None = option(None, "learning rate; default 1e-4, recipe short 1e-3")
+    lr: float | None = option(None, "learning rate; default 1e-4, recipe short 2e-3")
     p_hard: float = option(0.999, "mining factor of the hard feature loss; 0: none")
     a: float = option(0.9, "map normalization: the quantile that becomes 0")
     b: float = option(0.995, "map normalization: the quantile that becomes 0.1")
@@ -105,7 +105,7 @@ def rate_factor(step: int, options: Options) -> float:
 
 
 def optimizers_of(model: EfficientAD, options: Options) -> list[torch.optim.Optimizer]:
-    """Adam for student and autoencoder; recipe short: Muon for the autoencoder's convolutions."""
+    """Adam; recipe short: Muon, at half the rate, for the autoencoder's convolutions."""
     learned = [*model.student.parameters(), *model.autoencoder.parameters()]
     matrices = kernels_of(model.autoencoder) if options.recipe == "short" else []
     return make_optimizers(learned, matrices, options.lr)

@@ -49,8 +49,8 @@ def make_adam(groups: list[dict], device: torch.device) -> torch.optim.Adam:
 def make_optimizers(
     learned: Iterable[nn.Parameter], matrices: Iterable[nn.Parameter], lr: float
 ) -> list[torch.optim.Optimizer]:
-    """Muon for `matrices`, weights of convolutions; Adam for the others of `learned`. Frozen ones
-    are left out."""
+    """Adam for `learned` without the frozen ones; for `matrices` among them, weights of
+    convolutions, Muon at half the rate."""
     matrices, others = list(matrices), []
     known = {id(weight) for weight in matrices}
     for weight in learned:
@@ -59,7 +59,7 @@ def make_optimizers(
     device = others[0].device
     optimizers = [make_adam([{"params": others, "lr": lr}], device)]
     if matrices:
-        optimizers.append(Muon(prepare([{"params": matrices, "lr": lr}], device)))
+        optimizers.append(Muon(prepare([{"params": matrices, "lr": lr / 2}], device)))
     return optimizers
 
 

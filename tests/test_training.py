@@ -203,7 +203,7 @@ def test_optimizers_learn_all_but_the_shared_stem():
     found = {names[id(w)] for w in muon.param_groups[0]["params"]}
     kernels = {n for n in expected if n.startswith("autoencoder") and n.endswith("weight")}
     assert found == kernels - {"autoencoder.0.weight"}
-    assert adam.param_groups[0]["lr"] == muon.param_groups[0]["lr"] == 1e-3
+    assert (adam.param_groups[0]["lr"], muon.param_groups[0]["lr"]) == (2e-3, 1e-3)
     options = train.Options(device="cpu", steps=5, recipe="paper")
     assert len(train.optimizers_of(EfficientAD(), options)) == 1
 
