@@ -46,6 +46,8 @@ def test_inference_and_training(tmp_path, monkeypatch, capsys):
     costs = [(row["cost against"], row["at"]) for row in results["cost"] if "ours" in row["row"]]
     assert costs == [("batch size", 2), ("image size", 128), ("images", 1)]
     assert {"plain fp32", "ours"} <= {row["row"] for row in results["training"]}
+    model = benchmark.make_model(benchmark.SHARED_STEM, torch.device("cpu"), 128)
+    assert model.shared_stem and model.image_size == (128, 128)
     pytest.importorskip("matplotlib")
     benchmark.main(["--show", str(tmp_path / "x.json")])
     assert capsys.readouterr().out.strip() in printed
