@@ -15,7 +15,7 @@ from conftest import ROOT, assert_refused, put
 
 from support.data import DataError
 from tools import benchmark, first_gpu
-from tools.benchmark_rows import FP32, ROWS, kernel_cases
+from tools.benchmark_rows import FP32, ROWS, in_half, kernel_cases
 from tools.benchmark_tables import section
 
 
@@ -47,7 +47,9 @@ def test_inference_and_training(tmp_path, monkeypatch, capsys):
     assert costs == [("batch size", 2), ("image size", 128), ("images", 1)]
     assert {"plain fp32", "ours"} <= {row["row"] for row in results["training"]}
     model = benchmark.make_model(benchmark.SHARED_STEM, torch.device("cpu"), 128)
-    assert model.shared_stem and model.image_size == (128, 128)
+    with torch.inference_mode():
+        m = in_half(model)(torch.zeros(1, 3, 128, 128, dtype=torch.uint8))[0]
+    assert model.shared_stem and m.shape == (1, 1, 128, 128)
     pytest.importorskip("matplotlib")
     benchmark.main(["--show", str(tmp_path / "x.json")])
     assert capsys.readouterr().out.strip() in printed

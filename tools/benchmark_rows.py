@@ -45,7 +45,9 @@ def in_half(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     dtype = torch.float16 if model.threshold.is_cuda else torch.bfloat16
     for network in model.children():
-        network.to(dtype).register_forward_pre_hook(lambda _, xs: tuple(x.to(dtype) for x in xs))
+        layers = [m for m in network.to(dtype).modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+        for part in (network, *layers[:1]):  # a shared stem is called by itself
+            part.register_forward_pre_hook(lambda _, xs: tuple(x.to(dtype) for x in xs))
     return model
 
 
@@ -72,6 +74,8 @@ def onnx_runtime(model: nn.Module, images: Tensor, int8: bool = False) -> Callab
         raise ImportError(f"this onnxruntime has no {provider}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # else its threads would spin on, in the time of the row behind it
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.onnx"
         torch.onnx.export(model, (images.to(model.threshold.device),), path, verbose=False)
