@@ -32,7 +32,7 @@ from support.tiling import TiledEfficientAD
 
 PAPER_STEPS, CPU_STEPS, SHORT_STEPS = 70000, 1500, 10000  # below SHORT_STEPS: recipe short
 LR = {"paper": 1e-4, "short": 2e-3}
-ORDERS = {"images": 0, "teacher": 0, "photos": 1, "known": 2, "known_teacher": 2}  # alike or not
+ORDER_SEEDS = {"images": 0, "teacher": 0, "photos": 1, "known": 2, "known_teacher": 2}
 USAGE = "python train.py [--data DIR] [options]"
 
 
@@ -124,7 +124,7 @@ def make_step(model: EfficientAD, optimizers: list, options: Options, data: dict
             steps, seed = range(step, options.steps), options.seed
             for i, images in data.items():
                 if images is not None:
-                    streams[i] = training.batches_of(images, steps, n, seed, ORDERS[i])
+                    streams[i] = training.batches_of(images, steps, n, seed, ORDER_SEEDS[i])
             if "photos" in streams and model.shared_stem:
                 streams["photos"] = training.quarters(streams["photos"], steps, seed)
         torch.manual_seed(options.seed * 1_000_003 + step)

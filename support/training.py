@@ -188,11 +188,9 @@ def short_losses(
 
 def known_losses(batch: dict[str, Tensor], model: EfficientAD) -> dict[str, Tensor]:
     """L_AE of images I whose teacher outputs are known, see `keep_teacher_outputs`."""
-    autoencoder, teacher = (
-        model.autoencoder(model.normalize(batch["known"])),
-        batch["known_teacher"],
-    )
-    return {"autoencoder": autoencoder_loss(teacher.permute(0, 3, 1, 2), autoencoder)}
+    teacher = batch["known_teacher"].permute(0, 3, 1, 2)
+    autoencoder = model.autoencoder(model.normalize(batch["known"]))
+    return {"autoencoder": autoencoder_loss(teacher, autoencoder)}
 
 
 @torch.no_grad()
