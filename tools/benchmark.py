@@ -55,8 +55,6 @@ from tools.benchmark_tables import section, show
 from tools.first_gpu import ROOT, first_gpu, put_in_place
 
 USAGE = "python -m tools.benchmark [options]"
-
-
 SHARED_STEM = "EfficientAD-S, shared stem"  # recipe short's
 
 
@@ -74,8 +72,8 @@ class Scope(NamedTuple):
 
 
 FAST_TO_MAKE = tuple(name for name in ROWS if "compile" not in name)
-S_ONLY = ("EfficientAD-S", SHARED_STEM, "SimpleNet")
-QUICK = Scope(10, S_ONLY, FAST_TO_MAKE, (1,), (1, 4), (128, 256), (1, 4, 8))
+QUICK_MODELS = ("EfficientAD-S", SHARED_STEM, "SimpleNet")
+QUICK = Scope(10, QUICK_MODELS, FAST_TO_MAKE, (1,), (1, 4), (128, 256), (1, 4, 8))
 FIRST = Scope(10, ("EfficientAD-S", "EfficientAD-M"))  # of --first-gpu
 
 
