@@ -88,9 +88,11 @@ class FastEfficientAD(TiledEfficientAD):
                 choices = [self.choose(n) for n in batch_sizes or (1,)]
             self.choice = "; ".join([*choices, f"chosen in {time.time() - began:.1f} s"])
         elif device.type == "cpu":
+            if small:
+                self.quantize(**model.training_info["int8"])
             self.fuse_relu(() if small else (self.teacher, self.student), DTYPES[half])
         if small:
-            self.quantize(**model.training_info["int8"])
+            self.autoencoder = int8.Centred(self.autoencoder, self.mean, self.dtype)
         self.passes = BatchGraphs(self.forward_pass, self.image_size, device, batch_sizes)
 
     @cached_property
@@ -138,11 +140,14 @@ class FastEfficientAD(TiledEfficientAD):
     def quantize(
         self, maxima: dict, quantiles: list | None = None, scores: list = (), threshold=None
     ) -> None:
-        """Put int8 networks in the place of teacher and student; take their calibration."""
-        for name, values in maxima.items():
-            pdn = int8.Int8PDN(getattr(self, name), values, self.image_size, self.mean)
+        """Put int8 networks in the place of teacher and student, and int8 layers into the
+        autoencoder if its maxima are known; take their calibration."""
+        for name in ("teacher", "student"):
+            pdn = int8.Int8PDN(getattr(self, name), maxima[name], self.image_size, self.mean)
             setattr(self, name, pdn)
-        self.autoencoder = int8.Centred(self.autoencoder, self.mean, self.dtype)
+        if "autoencoder" in maxima and self.dtype == torch.bfloat16:
+            x = torch.zeros(1, 3, *self.image_size, dtype=self.dtype)
+            int8.quantize_decoder(self.autoencoder, maxima["autoencoder"], x)
         if quantiles:
             self.quantiles.copy_(torch.tensor(quantiles))
             self.threshold.fill_(threshold or scores[-1])

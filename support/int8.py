@@ -1,14 +1,16 @@
-"""int8 for the convolutions of teacher and student on a CPU, by oneDNN.
+"""int8 for teacher, student and the autoencoder's large convolutions on a CPU, by oneDNN.
 
-Weights are signed, a scale for each output channel. Activations are unsigned, a scale for each
-layer: the largest value that normal images gave, times HEADROOM. Percentiles of normal images would
-clip what anomalies excite. Channels with small values are made larger, and the weights behind them
-smaller: ReLU and pool let factors pass. The image itself is exact. Distances are never quantized.
+Weights are signed, a scale for each output channel, rounded so that the errors cancel. Activations
+are unsigned, a scale for each layer: the largest value that normal images gave, times HEADROOM.
+Percentiles of normal images would clip what anomalies excite. A PDN's channels with small values
+are made larger, and the weights behind them smaller: ReLU and pool let factors pass. The image
+itself is exact. Distances are never quantized.
 """
 
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efficientad import PDN, EfficientAD
@@ -30,6 +32,7 @@ class Int8Conv(nn.Module):
         out_scale: float | None,
         relu: bool = False,
         pool: bool = False,
+        padding: int = 0,
     ):
         super().__init__()
         self.relu, self.bias = "relu" if relu else "none", bias
@@ -38,8 +41,8 @@ class Int8Conv(nn.Module):
         self.weight_scale = weight.abs().amax((1, 2, 3)).clamp(min=1e-12) / 127
         self.zero = torch.zeros(len(weight), dtype=torch.int64)
         groups = len(weight) if pool else 1
-        self.geometry = ([2, 2] if pool else [1, 1], [0, 0], [1, 1], groups)
-        weight = (weight / self.weight_scale.view(-1, 1, 1, 1)).round().to(torch.int8)
+        self.geometry = ([2, 2] if pool else [1, 1], 2 * [padding], [1, 1], groups)
+        weight = round_in_turn(weight / self.weight_scale.view(-1, 1, 1, 1)).to(torch.int8)
         prepack = torch.ops.onednn.qconv_prepack
         self.weight = prepack(weight, self.weight_scale, scale, 0, *self.geometry, list(shape))
 
@@ -47,6 +50,18 @@ class Int8Conv(nn.Module):
         convolve, weight = torch.ops.onednn.qconv2d_pointwise, (self.weight, self.weight_scale)
         inputs = (x, self.scale, 0, *weight, self.zero, self.bias, *self.geometry)
         return convolve(*inputs, self.out_scale, 0, self.dtype, self.relu, [], "")
+
+
+def round_in_turn(weight: Tensor) -> Tensor:
+    """Round O×C×h×w to −127 … 127, each tap with the error that the tap before it left: pixels
+    resemble their neighbours, so that the errors of a kernel's taps cancel."""
+    rounded, error = torch.empty_like(weight), 0.0
+    for y in range(weight.shape[2]):
+        for x in range(weight.shape[3])[:: -1 if y % 2 else 1]:  # there and back
+            wanted = weight[:, :, y, x] + error
+            rounded[:, :, y, x] = wanted.round().clamp(-127, 127)
+            error = wanted - rounded[:, :, y, x]
+    return rounded
 
 
 class Int8PDN(nn.Module):
@@ -96,6 +111,42 @@ class Int8PDN(nn.Module):
         return x
 
 
+class ToInt8(nn.Module):
+    """Resize N×C×h×w, 0 to 255, in bfloat16, and round it down to uint8."""
+
+    def __init__(self, upsample: nn.Upsample):
+        super().__init__()
+        self.size = upsample.size
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clamp(max=255).to(torch.bfloat16)
+        return F.interpolate(x, self.size, mode="bilinear").to(torch.uint8)
+
+
+def quantize_decoder(network: nn.Sequential, maxima: list[list[float]], x: Tensor) -> None:
+    """Put int8 convolutions in the place of the last four of an autoencoder in bfloat16: nine
+    tenths of its arithmetic. `maxima`: of each layer's output. x: its input as it will come."""
+    first, scale = [i for i, layer in enumerate(network) if isinstance(layer, nn.Conv2d)][-5], 1.0
+    for i, layer in enumerate(network):
+        if i < first:
+            pass
+        elif isinstance(layer, nn.Conv2d):
+            last = i + 1 == len(network)
+            out_scale = None if last else HEADROOM * max(maxima[i + 1]) / 255  # behind the ReLU
+            if i == first:  # ReLU and resizing let a factor pass
+                layer.weight /= out_scale
+                layer.bias /= out_scale
+            else:
+                arguments = layer.weight.float(), layer.bias.float(), x.shape, scale, out_scale
+                network[i] = Int8Conv(*arguments, not last, padding=layer.padding[0])
+            scale = out_scale
+        elif isinstance(layer, nn.Upsample):
+            network[i] = ToInt8(layer)
+        elif i > first + 1:  # ReLU is done with the convolution before it
+            network[i] = nn.Identity()
+        x = network[i](x)
+
+
 class Centred(nn.Sequential):
     """A network for uint8 images minus their mean, in `dtype`."""
 
@@ -109,9 +160,9 @@ class Centred(nn.Sequential):
 
 @torch.no_grad()
 def measure_maxima(model: EfficientAD, batches: Iterable[Tensor]) -> dict[str, list[list]]:
-    """The largest output in each channel of each layer of teacher and student over normal images
+    """The largest output in each channel of each layer of the networks over normal images
     N×3×H×W."""
-    found = {"teacher": [], "student": []}
+    found = {"teacher": [], "student": [], "autoencoder": []}
     for batch in batches:
         for name, maxima in found.items():
             x = model.normalize(batch)

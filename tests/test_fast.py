@@ -18,7 +18,7 @@ from support.calibration import calibrate, with_noise
 from support.checkpoints import load_model
 from support.fast import cpu_has_bf16, optimize
 from support.graphs import BatchGraphs, Graphed, beside
-from support.int8 import Int8Conv
+from support.int8 import Int8Conv, ToInt8, round_in_turn
 from support.tiling import TiledEfficientAD
 
 CPU = torch.device("cpu")
@@ -396,11 +396,21 @@ def reference_int8(layer, weight, x, relu):
     """The layer of these weights, its integers in float64."""
     stride, padding, _, groups = layer.geometry
     scale = weight.abs().amax((1, 2, 3)) / 127
-    integers = (weight / scale.view(-1, 1, 1, 1)).round().double()
+    integers = round_in_turn(weight / scale.view(-1, 1, 1, 1)).double()
     y = F.conv2d(x.double(), integers, None, stride, padding, 1, groups)
     y = y * (scale.double() * layer.scale).view(1, -1, 1, 1)
     y = y if layer.bias is None else y + layer.bias.double().view(1, -1, 1, 1)
     return y.relu() if relu else y
+
+
+def test_rounding_errors_of_neighbouring_taps_cancel():
+    weight = torch.randn(8, 4, 3, 4) * 20
+    rounded = round_in_turn(weight)
+    error = weight - rounded
+    assert torch.equal(rounded, rounded.round()) and 0.5 < error.abs().max() <= 1
+    error[:, :, 1] = error[:, :, 1].flip(2)  # the second row is taken backwards
+    assert error.flatten(2).cumsum(2).abs().max() < 0.5001
+    assert round_in_turn(torch.full((1, 1, 1, 2), 127.4)).tolist() == [[[[127, 127]]]]
 
 
 @pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this CPU has no int8 instructions")
@@ -447,6 +457,12 @@ def test_int8_from_a_checkpoint(size, shared_stem, tmp_path):
             noisy = torch.cat([each(with_noise(x))[1] for x in images.split(1)])
             expected = torch.maximum(each(images)[1], 0.75 * each(images)[1] + 0.25 * noisy).max()
             assert each.threshold.item() == pytest.approx(expected.item(), abs=1e-5)
+    kinds = [type(layer) for layer in fast.autoencoder]
+    assert kinds.count(Int8Conv) == 4 if fast.dtype == torch.bfloat16 else Int8Conv not in kinds
+    del model.training_info["int8"]["maxima"]["autoencoder"]  # of an earlier version
+    assert Int8Conv not in map(type, optimize(model, "int8").autoencoder)
+    high = ToInt8(torch.nn.Upsample((3, 3)))(torch.full((1, 8, 2, 2), 300.0))
+    assert high.dtype == torch.uint8 and bool((high == 255).all())  # nothing wraps around
     noise = with_noise(torch.full((1, 3, 128, 160), 128, dtype=torch.uint8)).float() - 128
     assert abs(noise.std() - 2) < 0.1 and abs(noise.mean()) < 0.05
     assert with_noise(torch.full_like(images, 255)).max() == 255  # nothing wraps around
