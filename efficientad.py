@@ -360,7 +360,7 @@ class EfficientAD(nn.Module):
 
     def fit_normalization(self, raw: list, a: float = 0.9, b: float = 0.995) -> Tensor:
         """`calibrate` from a list of `raw_maps`: q_a and q_b are over all pixels of all maps. The
-        paper sets no threshold; ours is the highest score of these images. Raises ValueError
+        paper sets no threshold; here it is the images' highest score. Raises ValueError
         without an image or for an impossible a or b, ModelError if a map is constant or NaN."""
         if not 0 <= a < b <= 1 or not raw:
             raise ValueError(f"needs images and 0 <= a < b <= 1, got {len(raw)}, {a} and {b}")

@@ -1,4 +1,4 @@
-"""Triton kernels for EfficientAD, one a file. Without Triton, and for tensors that are not on a
+"""Triton kernels for EfficientAD. Without Triton, and for tensors that are not on a
 GPU, each function computes its plain-torch reference."""
 
 from .conv_relu_pool import conv_relu_pool as conv_relu_pool

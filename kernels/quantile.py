@@ -24,7 +24,7 @@ SHIFTS, WIDTHS = (26, 20, 15, 10, 5, 0), (6, 6, 5, 5, 5, 5)  # digits, most sign
 # 64 bins, not the usual 256: the cost of tl.histogram grows with the bins, and six passes over
 # memory cost less than four with four times the population counts. Eight elements a thread: with
 # more, the registers of the counts leave a multiprocessor room for one program only. 396 programs
-# are three, as many as fit, on each of the 132 of an H200; each strides through its share.
+# are three on each of the 132 of an H200 (four fit for one q); each strides through its share.
 CONFIG, PROGRAMS = {"BINS": 64, "BLOCK": 2048, "num_warps": 8}, 396
 
 

@@ -51,7 +51,7 @@ def cpu_has_bf16(device: torch.device) -> bool:
 class FastEfficientAD(TiledEfficientAD):
     """What `optimize` makes: uint8 N×3×H×W, on any device -> the model's map and score up to
     rounding. It takes no float images (TypeError) and can neither be trained nor saved. With int8
-    teacher and student are in int8, the autoencoder as with "auto".
+    teacher and student are in int8, the autoencoder's large convolutions too if it is in bf16.
 
     Weights are in half precision, channels last. Scaling to ImageNet's statistics lies in the first
     convolutions; the mean colour is still subtracted from the image, because zero padding has to
@@ -140,8 +140,8 @@ class FastEfficientAD(TiledEfficientAD):
     def quantize(
         self, maxima: dict, quantiles: list | None = None, scores: list = (), threshold=None
     ) -> None:
-        """Put int8 networks in the place of teacher and student, and int8 layers into the
-        autoencoder if its maxima are known; take their calibration."""
+        """Put int8 networks in the place of teacher and student, and int8 layers into an
+        autoencoder in bf16 if its maxima are known; take their calibration."""
         for name in ("teacher", "student"):
             pdn = int8.Int8PDN(getattr(self, name), maxima[name], self.image_size, self.mean)
             setattr(self, name, pdn)
@@ -150,7 +150,7 @@ class FastEfficientAD(TiledEfficientAD):
             int8.quantize_decoder(self.autoencoder, maxima["autoencoder"], x)
         if quantiles:
             self.quantiles.copy_(torch.tensor(quantiles))
-            self.threshold.fill_(threshold or scores[-1])
+            self.threshold.fill_(scores[-1] if threshold is None else threshold)
             self.training_info = {**self.training_info, "scores": scores}
 
     def normalize(self, images: Tensor) -> Tensor:

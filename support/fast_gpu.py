@@ -1,5 +1,5 @@
-"""Teacher and student of the fast form on a GPU: one launch for both a layer, by a Triton kernel or
-by cuDNN, whichever is faster there."""
+"""Teacher and student of the fast form on a GPU: a layer of both is one launch of a Triton kernel,
+or two of cuDNN's side by side, whichever is faster there."""
 
 import math
 import os
@@ -172,7 +172,7 @@ class Layer(nn.Module):
 
 
 class Pair(nn.Module):
-    """Teacher and student without their last rounding: normalized images N×4×H×W in half precision
+    """Teacher and student: normalized images N×4×H×W in half precision
     -> their outputs N×384×h×w and N×768×h×w. `with_kernels`: of each layer, whether its kernel
     computes it, by the number of images; for another number as for the first."""
 

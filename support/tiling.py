@@ -11,9 +11,9 @@ TILE = 2**28  # elements of a PDN's first activation at once: 1 GiB in float32, 
 
 
 class TiledEfficientAD(EfficientAD):
-    """EfficientAD that divides a batch into smaller ones and a large image into strips wherever no
-    gradient is wanted. Teacher and student see all that the receptive fields of a strip's outputs
-    cover, so there are no seams. The autoencoder needs the whole image."""
+    """EfficientAD that computes the maps of a large batch in smaller ones, of a large image in
+    strips. Teacher and student see all that the receptive fields of a strip's outputs cover, so
+    there are no seams. The autoencoder needs the whole image."""
 
     def raw_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """As EfficientAD's."""

@@ -206,6 +206,7 @@ def test_bad_options_get_one_line(loco, tiny, run_script, tmp_path):
     ):
         assert_refused(run_script("tools.sweep", *tiny, *case), message)
     assert_refused(run_script("tools.sweep", "--evaluate", "x", "--data", loco), "only --tiff")
+    assert_refused(run_script("tools.sweep", "--evaluate", "x", "--accept", "y"), "only --tiff")
     assert_refused(run_script("tools.sweep", "--evaluate", "."), ".: has no runs in it")
     assert not list(tmp_path.iterdir())
 

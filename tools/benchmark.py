@@ -1,7 +1,7 @@
 """Measure this implementation, each figure against a baseline in the same run (docs/speed.md).
 
     python -m tools.benchmark                      # inference, its cost, training
-    python -m tools.benchmark --quick              # EfficientAD-S and SimpleNet at batch 1
+    python -m tools.benchmark --quick              # S, with shared stem too, and SimpleNet, batch 1
     python -m tools.benchmark --sections kernels   # on a GPU
     python -m tools.benchmark --accuracy runs/bottle-small
     python -m tools.benchmark --json x.json        # then --show x.json: x.svg too
@@ -368,7 +368,7 @@ class Options:
     )
     accuracy: str | None = option(None, "instead: a run's fast form against eager", metavar="RUN")
     precision: str = option("auto", "of --accuracy", choices=PRECISIONS)
-    quick: bool = option(False, "EfficientAD-S and SimpleNet at batch 1")
+    quick: bool = option(False, "EfficientAD-S, with shared stem too, and SimpleNet, batch 1")
     budget: float | None = option(None, "seconds for a table; default 120, 10 with --quick")
     device: str | None = option(None, "cuda or cpu; default cuda if there is one")
     json: str | None = option(None, "write the figures to this file too", metavar="FILE")

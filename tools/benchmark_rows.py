@@ -34,12 +34,6 @@ def without_kernels() -> Iterator[None]:
         efficientad.KERNELS = before
 
 
-def fast_form(model: nn.Module, batch_size: int = 1) -> nn.Module:
-    """EfficientAD's or SimpleNet's."""
-    make = optimize if isinstance(model, EfficientAD) else type(model).optimize
-    return make(model, batch_sizes=(batch_size,))
-
-
 def in_half(model: nn.Module) -> nn.Module:
     """A copy whose networks have half-precision weights and input, as one usually does it."""
     model = copy.deepcopy(model)
@@ -106,34 +100,23 @@ def quantized_onnx(path: str, images: Tensor) -> str:
     return f"{path}.int8"
 
 
-def openvino(model: nn.Module, images: Tensor) -> Callable:
+def openvino(model: nn.Module, images: Tensor, int8: bool = False) -> Callable:
+    """With `int8` quantized by NNCF, in docs/export.md's way: what follows the networks stays in
+    float."""
     import openvino
 
     if model.threshold.is_cuda:
         raise ImportError("OpenVINO runs on CPUs")
+    network = openvino.convert_model(model, example_input=images)
+    if int8:
+        import nncf
+
+        tail = ["Subtract", "Power", "ReduceMean", "Interpolate"]
+        tail = nncf.IgnoredScope(types=tail, validate=False)
+        network = nncf.quantize(network, nncf.Dataset([images.numpy()]), ignored_scope=tail)
     precision = "bf16" if cpu_has_bf16(images.device) else "f32"
     hints = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     hints["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
-    network = openvino.convert_model(model, example_input=images)
-    network = openvino.compile_model(network, "CPU", hints)
-    return lambda x: torch.from_numpy(network(x.numpy())[0].copy())
-
-
-def openvino_int8(model: nn.Module, images: Tensor) -> Callable:
-    """By NNCF, in docs/export.md's way: what follows the networks is left in float."""
-    import nncf
-    import openvino
-
-    if model.threshold.is_cuda:
-        raise ImportError("OpenVINO runs on CPUs")
-    tail = nncf.IgnoredScope(
-        types=["Subtract", "Power", "ReduceMean", "Interpolate"], validate=False
-    )
-    network = openvino.convert_model(model, example_input=images)
-    network = nncf.quantize(network, nncf.Dataset([images.numpy()]), ignored_scope=tail)
-    hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    if cpu_has_bf16(images.device):
-        hints["INFERENCE_PRECISION_HINT"] = "bf16"
     network = openvino.compile_model(network, "CPU", hints)
     return lambda x: torch.from_numpy(network(x.numpy())[0].copy())
 
@@ -152,7 +135,8 @@ def ours_int8(model: nn.Module, images: Tensor) -> Callable:
 
 
 def ours(model: nn.Module, images: Tensor) -> Callable:
-    fast = fast_form(model, len(images))
+    make = optimize if isinstance(model, EfficientAD) else type(model).optimize
+    fast = make(model, batch_sizes=(len(images),))
 
     def function(x: Tensor) -> Tensor:
         return fast(x)[0].cpu()
@@ -170,7 +154,7 @@ ROWS = {
     "ONNX Runtime fp32": (onnx_runtime, FP32),
     "OpenVINO half": (openvino, HALF),
     "ONNX Runtime int8": (partial(onnx_runtime, int8=True), HALF),
-    "OpenVINO int8": (openvino_int8, HALF),
+    "OpenVINO int8": (partial(openvino, int8=True), HALF),
     "ours": (ours, HALF),
     "ours int8": (ours_int8, HALF),
 }
