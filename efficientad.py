@@ -359,21 +359,21 @@ class EfficientAD(nn.Module):
         return self.fit_normalization([self.raw_maps(x) for x in batches], a, b)
 
     def fit_normalization(self, raw: list, a: float = 0.9, b: float = 0.995) -> Tensor:
-        """`calibrate` from a list of `raw_maps`: q_a and q_b are over all pixels of all maps. The
-        paper sets no threshold; here it is the images' highest score. Raises ValueError
-        without an image or for an impossible a or b, ModelError if a map is constant or NaN."""
+        """`calibrate` from a list of `raw_maps`: q_a and q_b are of all pixels of all maps. Raises
+        ValueError without an image or for an impossible a or b, ModelError for a constant map."""
         if not 0 <= a < b <= 1 or not raw:
             raise ValueError(f"needs images and 0 <= a < b <= 1, got {len(raw)}, {a} and {b}")
         pixels = [torch.cat(maps).flatten() for maps in zip(*raw)]
         return self.set_quantiles(raw, [[quantile(x, a), quantile(x, b)] for x in pixels])
 
     def set_quantiles(self, raw: list, quantiles: list) -> Tensor:
-        """Take these quantiles, and as threshold the highest score that they give the images."""
+        """Take these quantiles. The paper sets no threshold; here it is the highest score that they
+        give the images, or mean plus 2.5 standard deviations of the scores if that is higher."""
         self.quantiles.copy_(torch.tensor(quantiles))
         if not bool((self.quantiles[:, 1] > self.quantiles[:, 0]).all()):
             raise ModelError("a map is constant or NaN on the validation images: train anew")
         scores = torch.cat([self.normalize_maps(*m)["combined"].amax((1, 2, 3)) for m in raw])
-        self.threshold.copy_(scores.max())
+        self.threshold.copy_(max(scores.max(), scores.mean() + 2.5 * scores.std(correction=0)))
         return scores
 
     def checkpoint(self) -> dict:

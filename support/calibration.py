@@ -11,21 +11,6 @@ from support.fast import FastEfficientAD
 from support.tiling import TiledEfficientAD
 from support.training import one_by_one
 
-NOISE = 2.0  # standard deviation, of 255
-
-
-def with_noise(images: Tensor) -> Tensor:
-    """uint8 images with Gaussian noise, the same for images of one shape."""
-    noise = NOISE * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    return (images + noise.to(images.device)).round().clamp(0, 255).to(torch.uint8)
-
-
-def set_threshold(model: EfficientAD, batches: Iterable[Tensor], scores: Tensor) -> None:
-    """The threshold is the highest score of the images, each raised by a quarter of what noise adds
-    to it: what comes later is not taken in quite the same way (docs/reliability.md)."""
-    noisy = torch.cat([model(with_noise(x))[1] for x in batches])
-    model.threshold.copy_((scores + (noisy - scores).clamp(min=0) / 4).max())
-
 
 def fit_gaussian(model: EfficientAD, raw: list) -> Tensor:
     """The ablation's baseline in place of `EfficientAD.fit_normalization`: mean 0 and variance 1
@@ -43,10 +28,10 @@ def fit_gaussian(model: EfficientAD, raw: list) -> Tensor:
 def calibrate(
     model: EfficientAD, images: Sequence, normalization: str, a: float, b: float
 ) -> list[float]:
-    """Map normalization from normal images, uint8 3×H×W by index (section 3.4), or with
-    `normalization` "gaussian" by `fit_gaussian`; the threshold by `set_threshold`. Then, but for
-    "gaussian", the same for int8, on the CPU, where the model is left. Returns the images' scores,
-    which are kept in its training_info too, sorted."""
+    """Map normalization and threshold from normal images, uint8 3×H×W by index (section 3.4), or
+    with `normalization` "gaussian" by `fit_gaussian`. Then, but for "gaussian", the same for int8,
+    on the CPU, where the model is left. Returns the images' scores, which are kept in its
+    training_info too, sorted."""
     device = model.threshold.device
     batches = one_by_one(images, device, "calibration")
     if normalization == "gaussian":
@@ -55,7 +40,6 @@ def calibrate(
     else:
         scores = model.calibrate(batches, a, b)
     model.training_info["scores"] = sorted(scores.tolist())
-    set_threshold(model, one_by_one(images, device, "with noise"), scores)
     if normalization != "gaussian":
         calibrate_int8(model.cpu(), one_by_one(images, torch.device("cpu"), "int8"), a, b)
     return scores.tolist()
@@ -75,6 +59,5 @@ def calibrate_int8(model: EfficientAD, batches: Iterable[Tensor], a=0.9, b=0.995
     info["maxima"] = int8.measure_maxima(model, batches)
     fast = FastEfficientAD(model, "int8", ())
     scores = fast.fit_normalization([fast.raw_maps(x) for x in batches], a, b)
-    set_threshold(fast, batches, scores)
     info |= {"quantiles": fast.quantiles.tolist(), "scores": sorted(scores.tolist())}
     info["threshold"] = fast.threshold.item()

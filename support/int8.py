@@ -132,7 +132,9 @@ def quantize_decoder(network: nn.Sequential, maxima: list[list[float]], x: Tenso
             pass
         elif isinstance(layer, nn.Conv2d):
             last = i + 1 == len(network)
-            out_scale = None if last else HEADROOM * max(maxima[i + 1]) / 255  # behind the ReLU
+            out_scale = (
+                None if last else HEADROOM * max(*maxima[i + 1], 1e-6) / 255
+            )  # behind the ReLU
             if i == first:  # ReLU and resizing let a factor pass
                 layer.weight /= out_scale
                 layer.bias /= out_scale

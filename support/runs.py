@@ -344,11 +344,11 @@ class Run:
 
 
 def threshold_meaning(n: int | None) -> str:
-    """What a threshold by the highest score of n validation images promises, in words."""
+    """What a threshold promises that none of n validation images exceeds, in words."""
     if not n:
         return "the model does not say how many validation images it was calibrated on"
     expected, bound = (100 * share for share in false_alarms(n))
     promise = (
         f"expect {expected:.2g} % false alarms on normal images, with 95 % confidence less than"
     )
-    return f"by the highest score of {n} validation images: {promise} {bound:.2g} %"
+    return f"not below any score of {n} validation images: {promise} {bound:.2g} %"

@@ -14,7 +14,7 @@ import efficientad
 import support.tiling
 from efficientad import EfficientAD, ModelError
 from support import fast_gpu
-from support.calibration import calibrate, with_noise
+from support.calibration import calibrate
 from support.checkpoints import load_model
 from support.fast import cpu_has_bf16, optimize
 from support.graphs import BatchGraphs, Graphed, beside
@@ -454,8 +454,7 @@ def test_int8_from_a_checkpoint(size, shared_stem, tmp_path):
         for each in (model, fast):
             known = torch.tensor(each.training_info["scores"])
             torch.testing.assert_close(each(images)[1].sort().values, known, rtol=0, atol=1e-5)
-            noisy = torch.cat([each(with_noise(x))[1] for x in images.split(1)])
-            expected = torch.maximum(each(images)[1], 0.75 * each(images)[1] + 0.25 * noisy).max()
+            expected = known.mean() + 2.5 * known.std(correction=0)  # three are never that far
             assert each.threshold.item() == pytest.approx(expected.item(), abs=1e-5)
     kinds = [type(layer) for layer in fast.autoencoder]
     assert kinds.count(Int8Conv) == 4 if fast.dtype == torch.bfloat16 else Int8Conv not in kinds
@@ -463,9 +462,6 @@ def test_int8_from_a_checkpoint(size, shared_stem, tmp_path):
     assert Int8Conv not in map(type, optimize(model, "int8").autoencoder)
     high = ToInt8(torch.nn.Upsample((3, 3)))(torch.full((1, 8, 2, 2), 300.0))
     assert high.dtype == torch.uint8 and bool((high == 255).all())  # nothing wraps around
-    noise = with_noise(torch.full((1, 3, 128, 160), 128, dtype=torch.uint8)).float() - 128
-    assert abs(noise.std() - 2) < 0.1 and abs(noise.mean()) < 0.05
-    assert with_noise(torch.full_like(images, 255)).max() == 255  # nothing wraps around
     with pytest.raises(TypeError, match="uint8"):
         fast(images.float())
 
