@@ -359,16 +359,16 @@ class EfficientAD(nn.Module):
         return self.fit_normalization([self.raw_maps(x) for x in batches], a, b)
 
     def fit_normalization(self, raw: list, a: float = 0.9, b: float = 0.995) -> Tensor:
-        """`calibrate` from a list of `raw_maps`: q_a and q_b are of all pixels of all maps. Raises
-        ValueError without an image or for an impossible a or b, ModelError for a constant map."""
+        """`calibrate` from a list of `raw_maps`: q_a and q_b are of all their pixels. Raises
+        ValueError without an image or for an impossible a or b, ModelError as `set_quantiles`."""
         if not 0 <= a < b <= 1 or not raw:
             raise ValueError(f"needs images and 0 <= a < b <= 1, got {len(raw)}, {a} and {b}")
         pixels = [torch.cat(maps).flatten() for maps in zip(*raw)]
         return self.set_quantiles(raw, [[quantile(x, a), quantile(x, b)] for x in pixels])
 
     def set_quantiles(self, raw: list, quantiles: list) -> Tensor:
-        """Take these quantiles. The paper sets no threshold; here it is the highest score that they
-        give the images, or mean plus 2.5 standard deviations of the scores if that is higher."""
+        """Take these quantiles. The paper sets no threshold; ours is the highest score, or the mean
+        plus 2.5 standard deviations if that is higher. ModelError if a map is constant or NaN."""
         self.quantiles.copy_(torch.tensor(quantiles))
         if not bool((self.quantiles[:, 1] > self.quantiles[:, 0]).all()):
             raise ModelError("a map is constant or NaN on the validation images: train anew")

@@ -48,7 +48,7 @@ class Options:
     tiff: bool = option(False, "also write anomaly maps of the images' size, float32")
     skip_bad_images: bool = option(False, "leave out and list unreadable files of --images")
     precision: str = option(
-        "auto", "of --images; auto: the fastest but int8. Test images: fp32", choices=PRECISIONS
+        "auto", "for --images; test images are always in fp32", choices=PRECISIONS
     )
     false_alarms: float | None = option(
         None,

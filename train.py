@@ -38,7 +38,7 @@ USAGE = "python train.py [--data DIR] [options]"
 
 @dataclass
 class Options(RunOptions):
-    """Train EfficientAD on normal images: by the paper's recipe, or for minutes by a short one."""
+    """Train EfficientAD on normal images: by the paper's recipe, or in minutes by a short one."""
 
     command = "python train.py"
     size: str = option("small", "EfficientAD-S or -M", choices=["small", "medium"])

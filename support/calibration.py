@@ -49,15 +49,19 @@ def calibrate(
 def calibrate_int8(model: EfficientAD, batches: Iterable[Tensor], a=0.9, b=0.995) -> None:
     """What int8 needs, from normal images held out of training, uint8 N×3×H×W, into the model's
     training_info: ranges of the activations, and quantiles, scores and threshold measured in int8,
-    whose noise lifts the maps. Does nothing where int8 cannot run, or for images beyond TILE."""
-    model.training_info["int8"] = info = {}
+    whose noise lifts the maps. It is taken out where int8 cannot run, or for images beyond TILE.
+    Switches to eval mode."""
+    model.eval().training_info["int8"] = {}  # `problem` wants it
     batches = [] if int8.problem(model) else list(batches)
+    del model.training_info["int8"]
     tiled = isinstance(model, TiledEfficientAD)
     if not batches or (tiled and any(model.oversized(x) for x in batches)):
-        del model.training_info["int8"]
         return
-    info["maxima"] = int8.measure_maxima(model, batches)
+    info = {"maxima": int8.measure_maxima(model, batches)}
+    model.training_info["int8"] = info
     fast = FastEfficientAD(model, "int8", ())
+    if fast.dtype != torch.bfloat16:  # here the autoencoder is not in int8: nowhere then
+        del info["maxima"]["autoencoder"]
     scores = fast.fit_normalization([fast.raw_maps(x) for x in batches], a, b)
     info |= {"quantiles": fast.quantiles.tolist(), "scores": sorted(scores.tolist())}
     info["threshold"] = fast.threshold.item()

@@ -68,7 +68,7 @@ class FastEfficientAD(TiledEfficientAD):
         device = model.threshold.device
         self.precision = choose_precision(precision, device)
         small = self.precision == "int8"
-        half = "bf16" if cpu_has_bf16(device) else "fp32"  # of the autoencoder beside int8
+        half = "bf16" if cpu_has_bf16(device) else "fp32"  # of what is not in int8
         self.dtype = DTYPES.get(self.precision, DTYPES[half])
         self.training_info = model.training_info
         self.load_state_dict(model.state_dict())
@@ -88,7 +88,7 @@ class FastEfficientAD(TiledEfficientAD):
                 choices = [self.choose(n) for n in batch_sizes or (1,)]
             self.choice = "; ".join([*choices, f"chosen in {time.time() - began:.1f} s"])
         elif device.type == "cpu":
-            if small:
+            if small:  # before ReLUs are fused: it looks for convolutions
                 self.quantize(**model.training_info["int8"])
             self.fuse_relu(() if small else (self.teacher, self.student), DTYPES[half])
         if small:
@@ -147,7 +147,7 @@ class FastEfficientAD(TiledEfficientAD):
             setattr(self, name, pdn)
         if "autoencoder" in maxima and self.dtype == torch.bfloat16:
             x = torch.zeros(1, 3, *self.image_size, dtype=self.dtype)
-            int8.quantize_decoder(self.autoencoder, maxima["autoencoder"], x)
+            int8.quantize_autoencoder(self.autoencoder, maxima["autoencoder"], x)
         if quantiles:
             self.quantiles.copy_(torch.tensor(quantiles))
             self.threshold.fill_(scores[-1] if threshold is None else threshold)

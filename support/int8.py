@@ -112,7 +112,7 @@ class Int8PDN(nn.Module):
 
 
 class ToInt8(nn.Module):
-    """Resize N×C×h×w, 0 to 255, in bfloat16, and round it down to uint8."""
+    """Resize N×C×h×w in bfloat16 and round to uint8. Values above 255 become 255."""
 
     def __init__(self, upsample: nn.Upsample):
         super().__init__()
@@ -120,31 +120,28 @@ class ToInt8(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.clamp(max=255).to(torch.bfloat16)
-        return F.interpolate(x, self.size, mode="bilinear").to(torch.uint8)
+        return F.interpolate(x, self.size, mode="bilinear").round_().to(torch.uint8)
 
 
-def quantize_decoder(network: nn.Sequential, maxima: list[list[float]], x: Tensor) -> None:
+def quantize_autoencoder(network: nn.Sequential, maxima: list[list[float]], x: Tensor) -> None:
     """Put int8 convolutions in the place of the last four of an autoencoder in bfloat16: nine
     tenths of its arithmetic. `maxima`: of each layer's output. x: its input as it will come."""
-    first, scale = [i for i, layer in enumerate(network) if isinstance(layer, nn.Conv2d)][-5], 1.0
-    for i, layer in enumerate(network):
-        if i < first:
-            pass
-        elif isinstance(layer, nn.Conv2d):
-            last = i + 1 == len(network)
-            out_scale = (
-                None if last else HEADROOM * max(*maxima[i + 1], 1e-6) / 255
-            )  # behind the ReLU
-            if i == first:  # ReLU and resizing let a factor pass
-                layer.weight /= out_scale
-                layer.bias /= out_scale
-            else:
-                arguments = layer.weight.float(), layer.bias.float(), x.shape, scale, out_scale
-                network[i] = Int8Conv(*arguments, not last, padding=layer.padding[0])
-            scale = out_scale
+    first = [i for i, layer in enumerate(network) if isinstance(layer, nn.Conv2d)][-5]
+    scale = HEADROOM * max(*maxima[first + 1], 1e-6) / 255  # of a ReLU's output
+    network[first].weight /= scale  # ReLU and resizing let the factor pass
+    network[first].bias /= scale
+    for layer in list(network)[: first + 2]:
+        x = layer(x)
+    for i in range(first + 2, len(network)):
+        layer, last = network[i], i + 1 == len(network)
+        if isinstance(layer, nn.Conv2d):
+            weight, bias, padding = layer.weight.float(), layer.bias.float(), layer.padding[0]
+            out_scale = None if last else HEADROOM * max(*maxima[i + 1], 1e-6) / 255
+            inputs = weight, bias, x.shape, scale, out_scale
+            network[i], scale = Int8Conv(*inputs, not last, padding=padding), out_scale
         elif isinstance(layer, nn.Upsample):
             network[i] = ToInt8(layer)
-        elif i > first + 1:  # ReLU is done with the convolution before it
+        else:  # ReLU is done with the convolution before it
             network[i] = nn.Identity()
         x = network[i](x)
 
@@ -166,8 +163,9 @@ def measure_maxima(model: EfficientAD, batches: Iterable[Tensor]) -> dict[str, l
     N×3×H×W."""
     found = {"teacher": [], "student": [], "autoencoder": []}
     for batch in batches:
+        images = model.normalize(batch)
         for name, maxima in found.items():
-            x = model.normalize(batch)
+            x = images
             for i, layer in enumerate(getattr(model, name)):
                 x = layer(x)
                 highest = x.amax((0, 2, 3))

@@ -54,10 +54,10 @@ def recall_at_fpr(normal: np.ndarray, anomalous: np.ndarray, fpr: float) -> floa
 
 
 def false_alarms(n: int) -> tuple[float, float]:
-    """What a threshold at the highest score of n normal images means for further normal images of
-    the same kind: (the expected share of false alarms, its upper bound at 95 % confidence). The
-    share is Beta(1, n)-distributed whatever the distribution of the scores: its mean is 1/(n + 1),
-    and it exceeds x with probability (1 − x)ⁿ."""
+    """What a threshold not below the highest score of n normal images means for further images of
+    the same kind: (the most false alarms that are expected, as a share; their upper bound at 95 %
+    confidence). At the highest score the share is Beta(1, n)-distributed, whatever the distribution
+    of the scores: its mean is 1/(n + 1), and it exceeds x with probability (1 − x)ⁿ."""
     return 1 / (n + 1), 1 - 0.05 ** (1 / n)
 
 

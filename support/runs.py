@@ -344,11 +344,10 @@ class Run:
 
 
 def threshold_meaning(n: int | None) -> str:
-    """What a threshold promises that none of n validation images exceeds, in words."""
+    """What a threshold promises, in words. No score of the n validation images is above it."""
     if not n:
         return "the model does not say how many validation images it was calibrated on"
     expected, bound = (100 * share for share in false_alarms(n))
-    promise = (
-        f"expect {expected:.2g} % false alarms on normal images, with 95 % confidence less than"
-    )
-    return f"not below any score of {n} validation images: {promise} {bound:.2g} %"
+    promise = f"expect at most {expected:.2g} % false alarms on normal images"
+    promise += f", with 95 % confidence less than {bound:.2g} %"
+    return f"no score of {n} validation images is above it: {promise}"

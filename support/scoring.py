@@ -107,7 +107,7 @@ def threshold_at(model: nn.Module, rate: float | None) -> tuple[float, str]:
         return threshold, threshold_meaning(info.get("validation_images"))
     known = info.get("scores", [])
     try:
-        margin = max(0, threshold - max(known, default=0))  # for noise
+        margin = max(0, threshold - max(known, default=0))  # as `EfficientAD.set_quantiles` has it
         threshold = threshold_for(rate, known) + margin
     except ValueError as error:
         raise ModelError(f"--false-alarms: {error}; choose a higher share") from None

@@ -250,12 +250,12 @@ def steps_until(
     while len(moments) < 15 or moments[-1] - moments[4] < share:
         sum(take_step(len(moments)).values()).item()
         moments.append(time.time())
-    calibration = 0.0  # two passes an image, one with noise, and as many on the CPU for int8
-    for m in (model, copy.deepcopy(model).cpu() if device.type == "cuda" else model):
+    calibration, on_cpu = 0.0, copy.deepcopy(model).cpu() if device.type == "cuda" else model
+    for m, passes in ((model, 1), (on_cpu, 2)):  # the latter for int8
         begun = time.time()
         with torch.no_grad():
             m.raw_maps(image.to(m.threshold.device))[0].cpu()
-        calibration += 2 * len(validation) * (time.time() - begun)
+        calibration += passes * len(validation) * (time.time() - begun)
     step = (moments[-1] - moments[4]) / (len(moments) - 5)  # the first ones are slow
     return max(1, int((end - calibration - time.time()) / step))
 

@@ -312,7 +312,7 @@ def test_recalibration_on_accepted_images(own, run_script, tmp_path, monkeypatch
     assert "than the training images: the threshold is not for them" in scored[1], scored[2]
     status, out, err = run_script(*command, "--yes")
     assert status == 0 and out.count("reject -> ok") == 4, err
-    assert "4 of 4 verdicts change" in out and "expect 20 % false alarms" in out
+    assert "4 of 4 verdicts change" in out and "expect at most 20 % false alarms" in out
     assert (own / "model-1.pt").read_bytes() == former
 
     new = evaluate.load_run(own, "cpu")

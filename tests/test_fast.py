@@ -14,7 +14,7 @@ import efficientad
 import support.tiling
 from efficientad import EfficientAD, ModelError
 from support import fast_gpu
-from support.calibration import calibrate
+from support.calibration import calibrate, calibrate_int8
 from support.checkpoints import load_model
 from support.fast import cpu_has_bf16, optimize
 from support.graphs import BatchGraphs, Graphed, beside
@@ -432,7 +432,7 @@ def test_int8_convolution_is_the_integers(pool):
 
 @pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this CPU has no int8 instructions")
 @pytest.mark.parametrize("size, shared_stem", [("small", True), ("small", False), ("medium", True)])
-def test_int8_from_a_checkpoint(size, shared_stem, tmp_path):
+def test_int8_from_a_checkpoint(size, shared_stem, tmp_path, monkeypatch):
     """Near the model's own maps; what it needs survives saving; threshold and quantiles are its
     own."""
     cls = TiledEfficientAD if size == "small" else EfficientAD
@@ -456,14 +456,30 @@ def test_int8_from_a_checkpoint(size, shared_stem, tmp_path):
             torch.testing.assert_close(each(images)[1].sort().values, known, rtol=0, atol=1e-5)
             expected = known.mean() + 2.5 * known.std(correction=0)  # three are never that far
             assert each.threshold.item() == pytest.approx(expected.item(), abs=1e-5)
-    kinds = [type(layer) for layer in fast.autoencoder]
-    assert kinds.count(Int8Conv) == 4 if fast.dtype == torch.bfloat16 else Int8Conv not in kinds
-    del model.training_info["int8"]["maxima"]["autoencoder"]  # of an earlier version
-    assert Int8Conv not in map(type, optimize(model, "int8").autoencoder)
-    high = ToInt8(torch.nn.Upsample((3, 3)))(torch.full((1, 8, 2, 2), 300.0))
-    assert high.dtype == torch.uint8 and bool((high == 255).all())  # nothing wraps around
+    with torch.inference_mode():
+        own, expected = (m.autoencoder(m.normalize(images[:1])) for m in (fast, model))
+    assert rms_ratio(own.float(), expected) < 0.03
+
+    def int8_layers(of: EfficientAD) -> int:
+        return sum(isinstance(layer, Int8Conv) for layer in optimize(of, "int8").autoencoder)
+
+    has_bf16 = cpu_has_bf16(CPU)
+    assert int8_layers(model) == 4 * has_bf16
+    monkeypatch.setattr("support.fast.cpu_has_bf16", lambda device: False)
+    assert int8_layers(model) == 0
+    calibrate_int8(model, images.split(1))
+    monkeypatch.undo()
+    assert int8_layers(model) == 0 and optimize(model, "int8").precision == "int8"
     with pytest.raises(TypeError, match="uint8"):
         fast(images.float())
+
+
+def test_resizing_to_int8():
+    x = torch.rand(1, 8, 9, 9) * 255
+    y = ToInt8(torch.nn.Upsample((20, 20)))(x)
+    error = y - F.interpolate(x.double(), (20, 20), mode="bilinear")
+    assert y.dtype == torch.uint8 and error.abs().max() < 1.6 and error.mean().abs() < 0.05
+    assert bool((ToInt8(torch.nn.Upsample((3, 3)))(x + 255) == 255).all())  # nothing wraps around
 
 
 def test_int8_where_it_cannot_run(monkeypatch):

@@ -309,6 +309,7 @@ def test_calibration_maps_the_quantiles_to_0_and_01(padding):
         assert normalized.mean().item() == pytest.approx(0, abs=1e-4)
         assert normalized.var(correction=0).item() == pytest.approx(1, abs=1e-3)
     one = [m[:1] for m in raw]
+    assert model.fit_normalization([one]) == model.threshold  # alone it has no deviation
     scores = model.fit_normalization([one] * 11 + [[2 * m for m in one]])
     assert model.threshold == scores[11] == scores.max() > scores[0]  # far above the others
 

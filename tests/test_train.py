@@ -43,7 +43,7 @@ def test_run_folder_and_log(command, run_script, tmp_path):
     """Without --out; the same seed gives the same model, another seed another one."""
     for seed in (5, 5, 6):
         status, out, err = run_script(*command[:-2], "--steps", 11, "--lr", 1e-5, "--seed", seed)
-        assert status == 0 and "wrote" in out and "expect 50 % false alarms" in out, err
+        assert status == 0 and "wrote" in out and "expect at most 50 % false alarms" in out, err
     names = ["part-small", "part-small-2", "part-small-3"]
     first, second, third = (tmp_path / "runs" / name for name in names)
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == names
