@@ -368,12 +368,12 @@ class EfficientAD(nn.Module):
 
     def set_quantiles(self, raw: list, quantiles: list) -> Tensor:
         """Take these quantiles. The paper sets no threshold; ours is the highest score, or the mean
-        plus 2.5 standard deviations if that is higher. ModelError if a map is constant or NaN."""
+        plus 3 standard deviations if that is higher. ModelError if a map is constant or NaN."""
         self.quantiles.copy_(torch.tensor(quantiles))
         if not bool((self.quantiles[:, 1] > self.quantiles[:, 0]).all()):
             raise ModelError("a map is constant or NaN on the validation images: train anew")
         scores = torch.cat([self.normalize_maps(*m)["combined"].amax((1, 2, 3)) for m in raw])
-        self.threshold.copy_(max(scores.max(), scores.mean() + 2.5 * scores.std(correction=0)))
+        self.threshold.copy_(max(scores.max(), scores.mean() + 3 * scores.std(correction=0)))
         return scores
 
     def checkpoint(self) -> dict:

@@ -454,7 +454,7 @@ def test_int8_from_a_checkpoint(size, shared_stem, tmp_path, monkeypatch):
         for each in (model, fast):
             known = torch.tensor(each.training_info["scores"])
             torch.testing.assert_close(each(images)[1].sort().values, known, rtol=0, atol=1e-5)
-            expected = known.mean() + 2.5 * known.std(correction=0)  # three are never that far
+            expected = known.mean() + 3 * known.std(correction=0)  # three are never that far
             assert each.threshold.item() == pytest.approx(expected.item(), abs=1e-5)
     with torch.inference_mode():
         own, expected = (m.autoencoder(m.normalize(images[:1])) for m in (fast, model))
