@@ -1,5 +1,5 @@
-"""Triton kernels for EfficientAD. Without Triton, and for tensors that are not on a
-GPU, each function computes its plain-torch reference."""
+"""Triton kernels for EfficientAD. Without Triton, and for tensors that are not on a GPU, each
+function computes its plain-torch reference."""
 
 from .conv_relu_pool import conv_relu_pool as conv_relu_pool
 from .conv_rows import conv_rows as conv_rows

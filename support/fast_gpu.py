@@ -172,9 +172,9 @@ class Layer(nn.Module):
 
 
 class Pair(nn.Module):
-    """Teacher and student: normalized images N×4×H×W in half precision
-    -> their outputs N×384×h×w and N×768×h×w. `with_kernels`: of each layer, whether its kernel
-    computes it, by the number of images; for another number as for the first."""
+    """Teacher and student: normalized images N×4×H×W in half precision -> their outputs N×384×h×w
+    and N×768×h×w. `with_kernels`: of each layer, whether its kernel computes it, by the number of
+    images; for another number as for the first."""
 
     def __init__(self, teacher: PDN, student: PDN):
         super().__init__()
