@@ -258,7 +258,8 @@ def main(argv: list[str] | None = None) -> None:
     sweep = Options(**vars(known))
     if sweep.evaluate is not None:
         options = parse_options(evaluate.Options, USAGE, rest)
-        if len(vars(known)) > 1 or (options.run, options.images, options.accept) != (None,) * 3:
+        others = options.run, options.images, options.accept
+        if len(vars(known)) > 1 or any(value is not None for value in others):
             parser.error("with --evaluate go only --tiff and --device")
         evaluate_runs(Path(sweep.evaluate), options)
         return
