@@ -30,7 +30,7 @@ from support.fast import PRECISIONS
 from support.options import OptionError, option, parse_options, pick_device, share
 from support.recalibration import recalibrate
 from support.runs import fingerprint, lock, remove_leftovers, run_command, write
-from support.scoring import check_finite, fast_form, predict, read, read_back, resize, score_folder
+from support.scoring import fast_form, predict, read, read_back, resize, score_folder
 from support.tiling import TiledEfficientAD
 
 GOES_WITH = {"data": [""], "tiff": [""], "skip_bad_images": ["images", "accept"], "yes": ["accept"]}
@@ -46,7 +46,7 @@ class Options:
     images: str | None = option(None, "score the images in DIR instead", metavar="DIR")
     out: str | None = option(None, "folder of the results; default the run's", metavar="DIR")
     tiff: bool = option(False, "also write anomaly maps of the images' size, float32")
-    skip_bad_images: bool = option(False, "leave out and list unreadable files of --images")
+    skip_bad_images: bool = option(False, "leave out and list unreadable files of a folder")
     precision: str = option(
         "auto", "for --images; test images are always in fp32", choices=PRECISIONS
     )
@@ -54,7 +54,7 @@ class Options:
         None,
         "with --images: threshold for this share of normal images, such as 1%%",
         type=share,
-        metavar="X%%",
+        metavar="X%",
     )
     accept: str | None = option(
         None, "recalibrate on the confirmed-good images in DIR", metavar="DIR"
@@ -92,8 +92,9 @@ def load_run(run: Path, device: str | torch.device) -> nn.Module:
 
 
 def find_tests(run: Path, model: nn.Module, options: Options) -> tuple[data.Category, Path, bool]:
-    """The category to test on, the folder for the results, and whether it is the run's own set.
-    That one, which may have moved, keeps its name; another set's results lie in a folder in it."""
+    """The category to test on, the folder for the results, and whether it is the run's own set. The
+    own set may have moved; it keeps its name. Results on another set get a folder of their own in
+    the run's."""
     info, folder = model.training_info, Path(options.out or run)
     if not (options.data or info.get("data")):
         remedy = "name the category with --data"
@@ -125,9 +126,11 @@ def evaluate(run: Path, model: nn.Module, options: Options) -> dict:
         for sample in tqdm(category.test, "evaluating", unit="image"):
             image, images = read(sample.path, model.image_size)
             maps, scores = predict(model, images)
-            check_finite(sample.path, scores)
+            if not np.isfinite(list(scores.values())).all():
+                raise ModelError(f"{sample.path}: its score is not a number; train again")
             name, size = f"{sample.defect}/{sample.path.stem}", image.size[::-1]
-            own, (mask, truth) = next(iter(maps.values())), category.truth(sample, size)
+            own, mask = next(iter(maps.values())), sample.mask(size)
+            truth = category.regions(sample, size) if loco else mask
             full_map = resize(own, image.size)
             looks += [appearance_of(image)] if sample.defect == "good" else []
             if options.tiff:

@@ -11,7 +11,7 @@ equals an uninterrupted one. Several categories or seeds, and ablations: python 
 
 import copy
 import math
-import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -137,8 +137,10 @@ def make_step(model: EfficientAD, optimizers: list, options: Options, data: dict
     return take_step
 
 
-def train(options: Options) -> Path:
-    """One run: the model of a category, in its run folder, which is returned."""
+def train(options: Options, began: float | None = None) -> Path:
+    """One run: the model of a category, in its run folder, which is returned. --minutes count from
+    `began`, seconds since 1970, or from now."""
+    end = (began or time.time()) + 60 * (options.minutes or math.inf)
     device, size, n = torch.device(options.device), tuple(options.image_size), options.batch_size
     training.prepare_torch(options.seed)
     check_free(options)
@@ -168,7 +170,6 @@ def train(options: Options) -> Path:
         options.steps = 10**6  # of the copy that measures
         trial = copy.deepcopy(model)
         take_step = make_step(trial, optimizers_of(trial, options), options, data)
-        end = training.process_start() + 60 * options.minutes
         options.steps = training.steps_until(end, take_step, model, normal.validation)
 
     optimizers = optimizers_of(model, options)
@@ -177,7 +178,7 @@ def train(options: Options) -> Path:
     run.describe(f"recipe {options.recipe}: {options.steps} steps of {n}", penalty)
 
     # The teacher's outputs for I are kept if they are wanted more than once.
-    if short or len(data["images"]) <= wanted:
+    if short or len(data["images"]) <= options.steps * n:
         training.keep_teacher_outputs(model, data, options.precision)
 
     # Training: the sum of the losses is minimized.
@@ -191,9 +192,8 @@ def train(options: Options) -> Path:
 
 
 def main(argv: list[str] | None = None) -> Path:
-    argv = sys.argv[1:] if argv is None else argv
-    refuse_several_runs(argv, "")
-    return train(parse_options(Options, USAGE, argv))
+    argv = refuse_several_runs(argv, "")
+    return train(parse_options(Options, USAGE, argv), training.process_start())
 
 
 if __name__ == "__main__":

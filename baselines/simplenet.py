@@ -14,7 +14,7 @@ normal images from the same with Gaussian noise. At test time −D is the anomal
 
 import copy
 import math
-import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,10 +114,6 @@ class SimpleNet(nn.Module):
         anomaly_map, score = self(images)
         return {"anomaly": anomaly_map}, {"anomaly": score}
 
-    def maps(self, images: Tensor) -> dict[str, Tensor]:
-        """The anomaly map by name, N×1×H×W."""
-        return self.predict(images)[0]
-
     def features(self, images: Tensor) -> Tensor:
         """Images N×3×H×W -> patch features N×h×w×1536 without gradient; 36×36 for 288×288."""
         x = self.normalize(images)[:, :, self.rows, self.columns]
@@ -142,8 +138,12 @@ class SimpleNet(nn.Module):
     @torch.no_grad()
     def optimize(self, precision: str = "auto", batch_sizes: tuple = (1,)) -> "SimpleNet":
         """A copy for inference alone, on the same device; arguments and errors are those of
-        `support.fast.optimize`. Batch norms and the adaptor are multiplied into the layers beside
-        them. A batch of one of `batch_sizes` is one CUDA graph launch on a GPU."""
+        `support.fast.optimize`, but that "int8" becomes "auto", with a warning. Batch norms and the
+        adaptor are multiplied into the layers beside them. A batch of one of `batch_sizes` is one
+        CUDA graph launch on a GPU."""
+        if precision == "int8":
+            warnings.warn("int8 is for EfficientAD; auto instead")
+            precision = "auto"
         device, fast = self.threshold.device, copy.deepcopy(self).eval().requires_grad_(False)
         fast.precision = choose_precision(precision, device)
         dtype = DTYPES[fast.precision]
@@ -304,7 +304,6 @@ def train(options: Options) -> Path:
 
     # Data: normal images, a tenth of them (or the set's own validation images) held out.
     normal = load_normal_images(options.data, size, options.seed, options.skip_bad_images)
-    options = copy.copy(options)
     options.steps = options.steps or math.ceil(options.epochs * len(normal.training) / n)
 
     # The model. Adam learns adaptor and discriminator, at constant rates.
@@ -323,7 +322,7 @@ def train(options: Options) -> Path:
     run.describe(f"{options.steps} steps of {n}", f"SimpleNet on {options.backbone}")
 
     # Training on the features of normal images. The sum of the losses is minimized.
-    features, left = CachedFeatures(model, normal.training), run.left(options.steps)
+    features, left = CachedFeatures(model, normal.training), range(run.step, options.steps)
     batches = batches_of(features, left, n, options.seed, 0)
     take_step = Step(lambda batch: model.losses(**batch), [optimizer], device, options.precision)
     model.train()
@@ -338,8 +337,7 @@ def train(options: Options) -> Path:
 
 
 def main(argv: list[str] | None = None) -> Path:
-    argv = sys.argv[1:] if argv is None else argv
-    refuse_several_runs(argv, "--model simplenet")
+    argv = refuse_several_runs(argv, "--model simplenet")
     return train(parse_options(Options, USAGE, argv))
 
 

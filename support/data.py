@@ -5,7 +5,6 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,9 +66,7 @@ def read_image(path: str | Path) -> Image.Image:
 
 def to_array(image: Image.Image, size: Size) -> np.ndarray:
     """RGB image -> uint8 3×H×W of the given size, resized bilinearly with antialiasing."""
-    height, width = size
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    image = image.resize(size[::-1], Image.Resampling.BILINEAR)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
@@ -104,8 +101,8 @@ class Images:
     """The images of `paths` by index, as uint8 arrays 3×H×W of one size. They are decoded on first
     use and kept while they fit into `cache_bytes`. With `zoom` 2 each is resized to 2H×2W and its
     centre is cut out, as the pretraining images are. One that cannot be read raises DataError; with
-    `skip_bad` the next one takes its place. `appearances` of those decoded so far, and `errors` of
-    those that cannot be read, are by index too."""
+    `skip_bad` the next one takes its place. `appearances` of those decoded so far are by index too,
+    and `errors` of those that cannot be read, by the index before `check`."""
 
     def __init__(self, paths: list[Path], size: Size, zoom=1, cache_bytes=2**32, skip_bad=False):
         self.paths, self.size, self.zoom = list(paths), size, zoom
@@ -141,11 +138,13 @@ class Images:
             self.kept[index] = array
         return array
 
-    def check(self, indices: Iterable[int]) -> None:
-        """Decode all images once (`indices`: all of them, for example behind a progress bar). With
-        `skip_bad` the bad ones are taken out. Raises DataError for one, or if none can be read."""
-        for i in indices:
+    def check(self) -> None:
+        """Decode all images once. With `skip_bad` the bad ones are named on stderr and taken out.
+        Raises DataError for one, or if none can be read."""
+        for i in tqdm(range(len(self)), "decoding", unit="image"):
             self.decode(i)
+        for error in self.errors.values():
+            print(f"skipped: {error}", file=sys.stderr)
         good = [i for i in range(len(self)) if i not in self.errors]
         self.paths = [self.paths[i] for i in good]
         self.kept = {n: self.kept[i] for n, i in enumerate(good) if i in self.kept}
@@ -231,15 +230,6 @@ class Category:
         held_out = set(order[: max(1, round(0.1 * n))].tolist())
         training = [path for i, path in enumerate(self.train) if i not in held_out]
         return training, [self.train[i] for i in sorted(held_out)]
-
-    def truth(self, sample: Sample, size: Size) -> tuple:
-        """(mask, what `metrics.Localization.add` takes): of MVTec LOCO its `regions`, else the mask
-        itself. Raises DataError as both do."""
-        if self.layout != "loco":
-            mask = sample.mask(size)
-            return mask, mask
-        regions = self.regions(sample, size)
-        return np.any([np.zeros(size, bool), *(region for region, _ in regions)], 0), regions
 
     def regions(self, sample: Sample, size: Size) -> list[tuple[np.ndarray, float]]:
         """MVTec LOCO's defect regions of an image: (mask bool H×W, saturation area in pixels), one
@@ -395,10 +385,8 @@ def load_normal_images(data: str, size: Size, seed: int, skip_bad: bool) -> Norm
     parts = category.split(seed)
     training, validation = (Images(paths, size, skip_bad=skip_bad) for paths in parts)
     for images in (training, validation):
-        images.check(tqdm(range(len(images)), "decoding", unit="image"))
+        images.check()
     skipped = [*training.errors.values(), *validation.errors.values()]
-    for error in skipped:
-        print(f"skipped: {error}", file=sys.stderr)
     trained_on, held_out = (list(images.appearances.values()) for images in (training, validation))
     appearance = appearance_range(trained_on + held_out)
     appearance["trained_on"] = sorted(a.fingerprint for a in trained_on)

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import os
 import shlex
+import sys
 import types
 import typing
 from pathlib import Path
@@ -65,7 +66,7 @@ def parse_options(cls: type, usage: str, argv: list[str] | None = None) -> typin
     parser = make_parser(cls, usage)
     given = vars(parser.parse_args(argv))
     try:
-        if "resume" in given:
+        if isinstance(given.get("resume"), str):  # a run's folder
             if given.keys() - {"resume", "device", "data"}:
                 reason = "with it go --device and, if the data moved, --data"
                 raise OptionError(f"--resume takes its options from the run; {reason}")
@@ -132,9 +133,10 @@ class RunOptions:
             raise OptionError("need --lr > 0")
 
 
-def refuse_several_runs(argv: list[str], model: str) -> None:
-    """Raise DataError, with the command of tools.sweep, if a command line of one run's training
-    names several seeds, an ablation, or a folder of categories."""
+def refuse_several_runs(argv: list[str] | None, model: str) -> list[str]:
+    """The command line (None: the process's) of one run's training. Raises DataError, with the
+    command of tools.sweep, if it names several seeds, an ablation, or a folder of categories."""
+    argv = sys.argv[1:] if argv is None else argv
     words = [word.split("=")[0] for word in argv]
     values = dict(zip(words, [*argv[1:], ""])) | dict(w.split("=", 1) for w in argv if "=" in w)
     several = {"--seeds", "--ablation", "--categories"} & {*words}
@@ -143,6 +145,7 @@ def refuse_several_runs(argv: list[str], model: str) -> None:
         raise DataError(f"these are several runs; this command trains one. Use: {command}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise DataError("torchrun shares several runs (torchrun -m tools.sweep); this is one run")
+    return argv
 
 
 def share(text: str) -> float:
@@ -159,8 +162,9 @@ def share(text: str) -> float:
 def pick_device(name: str | None = None) -> torch.device:
     """The device of this name; by default the GPU if there is one, else the CPU. Raises ModelError
     if torch cannot use it."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name)
         torch.empty(1, device=device).item()
     except Exception:  # each kind of device fails in its own way
         reason = "torch cannot use it on this machine; try --device cpu"

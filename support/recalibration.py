@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 from torch import nn
-from tqdm import tqdm
 
 from efficientad import EfficientAD
 from support import data
@@ -24,8 +23,7 @@ def verdicts(model: nn.Module, images: data.Images, scores: list[float]) -> list
     known, looks = info.get("scores", []), info.get("appearance")
     for i, score in enumerate(scores):
         odd = differences(images.appearances[i], looks) if looks else []
-        p = p_value(score, known) if known else None
-        found.append(verdict(score, model.threshold.item(), p, odd))
+        found.append(verdict(score, model.threshold.item(), p_value(score, known), odd))
     return found
 
 
@@ -37,9 +35,7 @@ def recalibrate(run: Path, model: nn.Module, folder: Path, confirmed: bool, skip
     defect: as far above the threshold as that is above the median known score, or farther."""
     images = data.Images(data.list_images(folder, recursive=True), model.image_size)
     images.skip_bad = skip_bad
-    images.check(tqdm(range(len(images)), "decoding", unit="image"))
-    for error in images.errors.values():
-        print(f"skipped: {error}", file=sys.stderr)
+    images.check()
     info, looks = model.training_info, list(images.appearances.values())
     trained_on = set(info.get("appearance", {}).get("trained_on", []))
     if not trained_on:

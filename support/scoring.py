@@ -1,6 +1,5 @@
 """Scores of image files: one for evaluation, a folder of unlabelled ones as fast as possible."""
 
-import math
 import os
 import sys
 import time
@@ -32,13 +31,10 @@ def fast_form(model: nn.Module, precision: str) -> nn.Module:
     int8 cannot run."""
     if precision == "fp32":
         return model
-    if not isinstance(model, EfficientAD):
-        if precision == "int8":
-            print("note: int8 is for EfficientAD; auto instead", file=sys.stderr)
-        return model.optimize("auto" if precision == "int8" else precision)
+    make = optimize if isinstance(model, EfficientAD) else type(model).optimize
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
-        fast = optimize(model, precision)
+        fast = make(model, precision)
     for note in notes:
         print(f"note: {note.message}", file=sys.stderr)
     return fast
@@ -58,12 +54,6 @@ def predict(model: nn.Module, images: Tensor) -> tuple[dict, dict]:
     maps, scores = model.predict(images)
     maps = {name: m[0, 0].float().cpu().numpy() for name, m in maps.items()}
     return maps, {name: score.item() for name, score in scores.items()}
-
-
-def check_finite(path: Path, scores: dict[str, float]) -> None:
-    """Raise ModelError, which names the image, if a score is not a number."""
-    if not all(map(math.isfinite, scores.values())):
-        raise ModelError(f"{path}: its score is not a number; train again")
 
 
 def resize(values: np.ndarray, size: tuple[int, int]) -> Image.Image:
@@ -119,9 +109,8 @@ def score_folder(
     place: Path, model: nn.Module, folder: Path, skip_bad: bool, rate: float | None = None
 ) -> None:
     """Score the images below a folder, with overlays, into `place`. Decoding, scoring and overlays
-    have a thread each, and a few images are in memory at a time. `rate`: of false alarms, for
-    another threshold than the model's. Raises DataError for an image that cannot be read; with
-    `skip_bad` it is left out and listed. Raises ModelError if the model cannot tell that rate."""
+    have a thread each, and a few images are in memory at a time. `rate`: see `threshold_at`. Raises
+    DataError for an image that cannot be read; with `skip_bad` it is left out and listed."""
     info, (threshold, meaning) = model.training_info, threshold_at(model, rate)
     known, scale = info.get("scores", []), (float(model.floor), threshold)
     paths, rows, skipped, began = data.list_images(folder, recursive=True), [], [], time.time()

@@ -1,4 +1,6 @@
 import contextlib
+import csv
+import json
 import os
 import re
 import runpy
@@ -19,7 +21,8 @@ sys.path.insert(0, str(ROOT))
 from efficientad import EfficientAD  # noqa: E402
 from support import data, demo  # noqa: E402
 from support.appearance import appearance_of, appearance_range  # noqa: E402
-from support.checkpoints import load_teacher  # noqa: E402
+from support.backbone import ResNet  # noqa: E402
+from support.checkpoints import load_teacher, read_checkpoint  # noqa: E402
 from support.optimizers import make_adam  # noqa: E402
 from support.tiling import TiledEfficientAD  # noqa: E402
 from support.training import Step, draw  # noqa: E402
@@ -27,7 +30,8 @@ from train import losses_of  # noqa: E402
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
 DEMO_SIZE = (128, 128)
-TINY = ("--image-size", 128, "--pretraining-images", "none", "--device", "cpu")
+CPU = ("--device", "cpu")
+TINY = ("--image-size", 128, *CPU, "--pretraining-images", "none")
 
 
 def put(path: Path, content=PHOTO, **options) -> Path:
@@ -41,6 +45,30 @@ def files(folder: Path) -> dict[str, bytes]:
     """The content of each file below a folder, by its path there."""
     paths = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def log_of(path: Path) -> list[dict]:
+    """The entries of a run's log; `path`: the file or the run's folder."""
+    path = path / "log.jsonl" if path.is_dir() else path
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def rows_of(path: Path) -> list[dict]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def same(a, b) -> bool:
+    """Whether two checkpoints, or their files, hold the same, tensors and all."""
+    a, b = (read_checkpoint(x) if isinstance(x, Path) else x for x in (a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def rms_ratio(ours: torch.Tensor, plain: torch.Tensor) -> float:
+    """RMS difference over the standard deviation of `plain`."""
+    return ((ours.cpu() - plain.cpu()).square().mean().sqrt() / plain.cpu().std()).item()
 
 
 def assert_refused(result: tuple[int, str, str], *words: object) -> None:
@@ -95,6 +123,28 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def teacher() -> str:
     return str(ROOT / "weights/teacher_small.pt")
+
+
+@pytest.fixture(scope="session")
+def resnet18(tmp_path_factory) -> Path:
+    """A weight file of ResNet-18, untrained."""
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.manual_seed(0)
+    torch.save(ResNet("resnet18").state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path, resnet18) -> tuple:
+    """42 blurred photos in photos/; the options of a small distillation of them."""
+    for i in range(42):
+        pixels = np.random.default_rng(i).integers(0, 256, (6, 8, 3), np.uint8)
+        image = Image.fromarray(pixels).resize((80, 60), Image.Resampling.BICUBIC)
+        put(tmp_path / f"photos/{i:02}.png", image)
+    sources = ("--images", tmp_path / "photos", "--backbone-weights", resnet18)
+    sizes = ("--image-size", 32, "--steps", 8, "--batch-size", 2, "--statistics-images", 6)
+    how = ("--lr", 1e-3, "--precision", "fp32", *CPU)
+    return (*sources, "--backbone", "resnet18", *sizes, *how)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """An untidy world: what is not as it should be gets one clear line and exit status 2, and what was
 there before stays."""
 
-import csv
 import os
 import shutil
 import tempfile
@@ -10,15 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PHOTO, ROOT, TINY, assert_refused, files, put
+from conftest import CPU, PHOTO, ROOT, TINY, assert_refused, files, put, rows_of
 from PIL import Image
 
 from efficientad import CHANNELS, PDN, EfficientAD, ModelError
 from support.checkpoints import load_model, load_teacher, read_checkpoint, write_checkpoint
 from support.data import DataError, list_images, open_category, read_image
 from support.runs import fingerprint
-
-CPU = ("--device", "cpu")
 
 
 @pytest.fixture
@@ -65,12 +62,11 @@ def test_images_that_cannot_be_used(bad_images, run, score, tmp_path):
     status, out, err = score("in", "--skip-bad-images")
     assert status == 0 and f"{len(bad_images)} skipped" in out, err
     assert err.count("skipped: ") == len(bad_images)
-    with open(run / "images/skipped.csv", newline="") as file:
-        listed = {row["image"]: row["reason"] for row in csv.DictReader(file)}
+    listed = {row["image"]: row["reason"] for row in rows_of(run / "images/skipped.csv")}
     assert listed.keys() == bad_images.keys()
     assert all(bad_images[name] in reason for name, reason in listed.items())
-    with open(run / "images/scores.csv", newline="") as file:
-        assert [row["image"] for row in csv.DictReader(file)] == [os.path.join("sub", "z.png")]
+    scored = [row["image"] for row in rows_of(run / "images/scores.csv")]
+    assert scored == [os.path.join("sub", "z.png")]
     shutil.rmtree(tmp_path / "in/sub")
     assert_refused(score("in", "--skip-bad-images"), "none of", "10 images can be read")
 
@@ -91,8 +87,7 @@ def test_odd_images_are_scored_and_marked(run, score, tmp_path):
     cafe.write_bytes((tmp_path / "in/like.png").read_bytes())
     status, out, err = score("in")
     assert status == 0 and "3 of 6 images are unlike the training images" in out, err
-    with open(run / "images/scores.csv", newline="", encoding="utf-8") as file:
-        rows = {row["image"]: row for row in csv.DictReader(file)}
+    rows = {row["image"]: row for row in rows_of(run / "images/scores.csv")}
     for name, (_, words) in expected.items():
         assert rows[name]["unlike_training"] == words
     assert rows["caf\\udce9.png"]["score"] == rows["like.png"]["score"]  # a name that is not UTF-8
@@ -106,10 +101,8 @@ def test_folders_that_cannot_be_used(tmp_path, run_script, run):
         (("--images", "nowhere"), ("nowhere", "no such folder")),
         (("--images", ""), ("no images",)),
         (("--images", "run/model.pt"), ("model.pt", "is a file, not a folder")),
-        (("--images", "a", "--tiff"), ("--tiff goes without --images",)),
         (("--images", "a", "--accept", "a"), ("--images and --accept: give one",)),
         (("--accept", "nowhere"), ("nowhere", "no such folder")),
-        (("--yes",), ("--yes goes with --accept",)),
         (("--accept", "a", "--out", "o"), ("--out goes without --accept",)),
     ):
         assert_refused(run_script("evaluate.py", "--run", run, *CPU, *command), *words)
@@ -166,7 +159,6 @@ def test_data_sets_that_cannot_be_trained_on(tmp_path, run_script, teacher):
     put(tmp_path / "used/notes.txt", b"mine")
     part, before = "above/mvtec/part", files(tmp_path)
     for options, *words in (
-        (("--data", "nowhere"), "nowhere: no such folder"),
         (("--data", f"{part}/train"), "part/train/good/0.png: lies in a part of a data set"),
         (("--data", f"{part}/test/dent"), "lies in a part of a data set", "train/good"),
         (("--data", "above"), "lies in a part of a data set"),
@@ -183,13 +175,10 @@ def test_data_sets_that_cannot_be_trained_on(tmp_path, run_script, teacher):
         (("--image-size", "100"), "multiples of 32"),
         (("--image-size", 128, 192, 256), "--image-size takes H W or one number, got 3"),
         (("--steps", "0"), "--steps >= 1"),
-        (("--seed", 2**32), "--seed >= 0 and < 2**32"),
         (("--device", "abacus"), "--device abacus: torch cannot use it"),
-        (("--device", "meta"), "--device meta: torch cannot use it"),
         (("--device", "hpu"), "--device hpu: torch cannot use it"),  # a module that is missing
         (("--a", "0.9", "--b", "0.8"), "--a < --b"),
         (("--lr", "inf"), "--lr > 0"),
-        (("--batch-size", 0), "--batch-size >= 1"),
         (("--checkpoint-every", "nan"), "--checkpoint-every >= 0"),
         (("--map-normalization", "gaussian", "--a", 0.5), "--a and --b belong to"),
         (("--resume", "used"), "with it go --device and, if the data moved, --data"),
@@ -303,8 +292,6 @@ def test_checkpoints_that_cannot_be_used(model, run, run_script, tmp_path, teach
     ):
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         assert_refused(run_script(*command), "model.pt", words)
-    path.unlink()
-    assert_refused(run_script(*command), "model.pt: no such file")
 
     for i in range(2):
         put(tmp_path / f"part/train/good/{i}.png")

@@ -138,17 +138,13 @@ def test_differences_from_the_training_images():
 def test_drift_of_a_set():
     """A deviation or more, and three standard errors: of four images, 1.5 deviations."""
     known = {"looks": {"brightness": [120, 20], "contrast": [50, 0], "tint": [10, 1]}}
+    brighter = "brighter by 1.6 standard deviations"
     both = "darker by 3.0 standard deviations (brightness 60.0 instead of 120.0) and redder by 2.0"
     for n, brightness, tint, expected in (
         (9, 141, 10, "brighter by 1.1 standard deviations (brightness 141.0 instead of 120.0)"),
         (9, 139, 10, ""),
         (4, 149, 10, ""),
-        (
-            4,
-            151,
-            8,
-            "brighter by 1.6 standard deviations (brightness 151.0 instead of 120.0) and bluer",
-        ),
+        (4, 151, 8, f"{brighter} (brightness 151.0 instead of 120.0) and bluer"),
         (9, 60, 12, both),
     ):
         images = [Appearance(9, 9, False, brightness, 50.2, tint)] * n

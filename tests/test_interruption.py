@@ -1,5 +1,4 @@
-"""kill -9 at random moments, and two processes on one run folder; distillation's is in
-test_distill.py."""
+"""kill -9 at random moments, and two processes on one run folder."""
 
 import fcntl
 import multiprocessing
@@ -12,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_refused, files
+from conftest import CPU, ROOT, TINY, assert_refused, files, same
 from PIL import Image
 
 import evaluate
 import train
-from support.backbone import ResNet
 from support.checkpoints import read_checkpoint
 from support.runs import Log
+from tools import distill
 
 
 @pytest.fixture
@@ -29,7 +28,7 @@ def start(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["evaluate", "train"])
+    context.set_forkserver_preload(["evaluate", "train", "tools.distill"])
 
     def run(main, *arguments, kill_after=None) -> int:
         process = context.Process(target=main, args=([*map(str, arguments)],))
@@ -52,12 +51,6 @@ def check_whole(folder: Path) -> None:
             Image.open(path).load()
 
 
-def equal(a, b) -> bool:
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
 def test_training_survives_kill_9(start, tmp_path, tiny_demo, teacher):
     options = ("--data", tiny_demo, "--steps", 3, *TINY, "--teacher", teacher)
     options += ("--checkpoint-every", 0, "--out")
@@ -73,7 +66,7 @@ def test_training_survives_kill_9(start, tmp_path, tiny_demo, teacher):
         check_whole(cut)
         if (cut / "model.pt").exists() and not (cut / "resume.pt").exists():
             a, b = (read_checkpoint(folder / "model.pt") for folder in (whole, cut))
-            assert equal(a["state"], b["state"]) and equal(a["training"], b["training"])
+            assert same(a["state"], b["state"]) and a["training"] == b["training"]
             assert (whole / "log.jsonl").read_text() == (cut / "log.jsonl").read_text()
             if status == 0 and kills >= 6:
                 break
@@ -82,7 +75,7 @@ def test_training_survives_kill_9(start, tmp_path, tiny_demo, teacher):
 
 
 def test_evaluation_survives_kill_9(start, own):
-    command = (evaluate.main, "--run", own, "--device", "cpu")
+    command = (evaluate.main, "--run", own, *CPU)
     began = time.time()
     assert start(*command) == 0
     duration, kills, expected = time.time() - began, 0, files(own)
@@ -99,16 +92,31 @@ def test_evaluation_survives_kill_9(start, own):
     assert files(own) == expected
 
 
-def test_a_second_process_is_refused(run_script, tmp_path, tiny_demo, teacher, own):
+def test_distillation_survives_kill_9(start, photos, tmp_path):
+    options = (*photos, "--steps", 4, "--checkpoint-every", 1, "--resume", "--out")
+    began, whole, cut = time.time(), tmp_path / "out/whole.pt", tmp_path / "out/cut.pt"
+    assert start(distill.main, *options, whole) == 0
+    duration, kills, status = time.time() - began, 0, -9
+    while kills < 6 or status != 0:
+        for path in cut.parent.glob("cut.pt*") if cut.exists() else ():
+            path.unlink()
+        kill_after = duration * np.random.random() if kills < 6 else None
+        status = start(distill.main, *options, cut, kill_after=kill_after)
+        kills += status == -9
+        assert status in (0, -9) and (not cut.exists() or same(whole, cut))
+    names = {path.name for path in cut.parent.glob("[!.]*")}
+    assert names == {"cut.jsonl", "cut.pt", "whole.jsonl", "whole.pt"}
+
+
+def test_a_second_process_is_refused(run_script, tmp_path, tiny_demo, teacher, own, resnet18):
     """Training, resuming, evaluating, scoring and distilling, while another process holds the
     folder; not after its kill -9."""
     for name in ("begun", "new"):
         (tmp_path / name).mkdir()
     options = {"device": "cpu", "data": str(tiny_demo), "image_size": [128, 128]}
     torch.save({"format": "run", "options": options}, tmp_path / "begun/resume.pt")
-    torch.save(ResNet("resnet18").state_dict(), tmp_path / "resnet18.pth")
-    backbone = ("--backbone", "resnet18", "--backbone-weights", "resnet18.pth")
-    evaluation = ("evaluate.py", "--run", "own", "--device", "cpu")
+    backbone = ("--backbone", "resnet18", "--backbone-weights", resnet18)
+    evaluation = ("evaluate.py", "--run", "own", *CPU)
     commands = [
         ("train.py", "--resume", "begun"),
         ("train.py", "--data", tiny_demo, "--teacher", teacher, *TINY, "--out", "new"),

@@ -1,16 +1,13 @@
 """baselines/simplenet.py: the definition, the file, and the real script, run tiny."""
 
-import csv
-import json
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_refused
+from conftest import assert_refused, log_of, rows_of, same
 from torch import nn
 
-from baselines.simplenet import CachedFeatures, Options, SimpleNet, crop_size
+from baselines.simplenet import CachedFeatures, SimpleNet, crop_size
 from efficientad import ModelError
 from support import optimizers
 from support.backbone import ResNet
@@ -33,7 +30,7 @@ def small(**options) -> SimpleNet:
     return model.eval()
 
 
-def test_defaults_are_the_papers(tmp_path):
+def test_shapes_are_the_papers():
     with torch.device("meta"):  # without arithmetic
         model = SimpleNet().eval()
         anomaly_map, score = model(torch.empty(2, 3, 329, 329))
@@ -44,10 +41,6 @@ def test_defaults_are_the_papers(tmp_path):
     assert crop_size((329, 329)) == (288, 288) and crop_size((256, 512)) == (224, 448)
     with pytest.raises(ValueError, match="at least 64"):
         crop_size((63, 200))
-    options = Options(data="photos", backbone_weights=str(tmp_path), device="cpu")
-    assert (options.batch_size, options.lr, options.noise) == (8, 1e-4, 0.015)
-    assert (options.image_size, options.epochs, options.steps) == ([329, 329], 40, None)
-    assert Options(backbone_weights=str(tmp_path), steps=3).image_size == [128, 128]  # the demo's
 
 
 def test_features_are_the_patch_features_of_the_centre():
@@ -76,7 +69,6 @@ def test_predict():
     assert list(maps) == list(scores) == ["anomaly"]
     assert torch.allclose(maps["anomaly"], model.resize(-d), atol=1e-5)
     assert torch.allclose(scores["anomaly"], -d.amin((1, 2, 3)), atol=1e-5)
-    assert torch.equal(model.maps(x)["anomaly"], maps["anomaly"])
 
 
 @torch.no_grad()
@@ -106,8 +98,8 @@ def test_fast_form_computes_the_same(precision, error, adaptor):
         assert a.dtype == torch.float32 and (a - b).norm() <= error * b.norm()
     assert not [m for m in fast.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
     assert isinstance(model.discriminator[1], nn.BatchNorm1d)  # the model itself is untouched
-    with pytest.raises(ValueError, match="precision must be"):
-        model.optimize("int4")
+    with pytest.warns(UserWarning, match="int8 is for EfficientAD"):
+        assert model.optimize("int8").precision in ("bf16", "fp32")
 
 
 # -------------------------------------------------------------------------------------- training
@@ -183,17 +175,9 @@ def test_a_backbone_beyond_half_precision(tmp_path):
 # ---------------------------------------------------------------------------------------- script
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
-    torch.manual_seed(0)
-    torch.save(ResNet("resnet18").state_dict(), path)
-    return path
-
-
 @pytest.fixture
-def command(weights, tiny_demo):
-    options = ("--backbone", "resnet18", "--backbone-weights", weights, "--data", tiny_demo)
+def command(resnet18, tiny_demo):
+    options = ("--backbone", "resnet18", "--backbone-weights", resnet18, "--data", tiny_demo)
     return ("baselines.simplenet", *options, "--image-size", 64, "--batch-size", 2)
 
 
@@ -210,7 +194,7 @@ def test_train_and_evaluate(command, tiny_demo, run_script, tmp_path, monkeypatc
     status, out, err = run_script(*command, *options)
     assert status == 0 and "wrote runs/tiny-simplenet/model.pt" in out, err
     run = tmp_path / "runs/tiny-simplenet"
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    log = log_of(run)
     assert [e["step"] for e in log] == [0, 4]  # 2 epochs of 5 images
     assert log[0].keys() == {"step", "lr", "real", "fake"} and log[0]["lr"] == log[1]["lr"] == 3e-4
     assert rates == [3e-4, 6e-4]  # the adaptor's, the discriminator's
@@ -222,7 +206,7 @@ def test_train_and_evaluate(command, tiny_demo, run_script, tmp_path, monkeypatc
 
     status, out, err = run_script("evaluate.py", "--device", "cpu")
     assert status == 0 and "local" not in out and "AU-sPRO" in out, err
-    rows = {row["image"]: row for row in csv.DictReader((run / "scores.csv").open())}
+    rows = {row["image"]: row for row in rows_of(run / "scores.csv")}
     image = to_array(read_image(tiny_demo / "test/good/001.png"), (64, 64))
     with torch.no_grad():
         score = model(torch.from_numpy(image)[None])[1]
@@ -236,11 +220,7 @@ def test_resumed_equals_uninterrupted(command, run_script, tmp_path, interrupt_a
     assert status == 130 and "--resume cut" in err
     status, _, err = run_script("baselines.simplenet", "--resume", "cut")
     assert status == 0, err
-    a, b = (
-        torch.load(tmp_path / name / "model.pt", weights_only=True) for name in ("whole", "cut")
-    )
-    assert a["training"] == b["training"]
-    assert all(torch.equal(a["state"][k], b["state"][k]) for k in a["state"])
+    assert same(tmp_path / "whole/model.pt", tmp_path / "cut/model.pt")
 
 
 def test_bad_options_get_one_line(command, run_script, tmp_path):
@@ -250,8 +230,6 @@ def test_bad_options_get_one_line(command, run_script, tmp_path):
         ((*command, "--layers", "3,2"), "--layers takes some of 1,2,3"),
         ((*command, "--noise", -1), "--noise >= 0"),
         ((*command, "--epochs", 1, "--steps", 1), "--steps or --epochs"),
-        ((*command, "--epochs", 0), "--epochs or --steps >= 1"),
-        ((*command, "--image-size", 40), "--image-size >= 64"),
     ):
         assert_refused(run_script(*options), *words)
     assert not list(tmp_path.iterdir())

@@ -37,7 +37,7 @@ from support.backbone import (
 from support.checkpoints import all_finite, load_teacher, read_checkpoint, write_checkpoint
 from support.data import DataError, list_images, read_image
 from support.optimizers import cosine, kernels_of, make_optimizers, set_rate
-from support.options import OptionError, make_parser, option, pick_device
+from support.options import OptionError, option, parse_options, pick_device
 from support.runs import Interrupt, Log, LossCheck, fingerprint, lock, remove_leftovers, run_command
 from support.training import in_threads, permutation, prepare_torch
 
@@ -326,11 +326,7 @@ class Distillation:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(Options, USAGE)
-    try:
-        options = Options(**vars(parser.parse_args(argv)))
-    except OptionError as error:
-        parser.error(str(error))
+    options = parse_options(Options, USAGE, argv)
     prepare_torch(options.seed)
     if WORLD > 1:
         cuda = options.device.startswith("cuda")
