@@ -15,17 +15,17 @@ matrix of N·H·W/2 rows and 2·C columns, which takes an even W.
 Cost of teacher and student of S for a 256² image in fp16, without padding, on an H200 at 790
 TFLOP/s:
 
-    layer                 K       channels       operations    time floor
-    stage 2 with pool     2048    2·256          31 GFLOP      40 µs
-    convolution 3×3       2304    2·256          8.2 GFLOP     10 µs
-    last 4×4              4096    384 + 768      30 GFLOP      38 µs
+    layer                 K       channels       operations    bytes     time floor
+    stage 2 with pool     2048    2·256          31 GFLOP      14 MB     40 µs
+    convolution 3×3       2304    2·256          8.2 GFLOP     9.7 MB    10 µs
+    last 4×4              4096    384 + 768      30 GFLOP      20 MB     38 µs
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .runtime import check_tensors, descriptor, jit, operator, split_convolution, tl, triton
+from .runtime import TensorDescriptor, check_tensors, jit, operator, split_convolution, tl, triton
 
 # A program's tile is 256×128 (128×128 where that gives too few programs): 85 operations a byte from
 # the L2 cache. Eight warps are two warp groups. Three steps of 64 channels fill shared memory.
@@ -151,9 +151,10 @@ def matrices(x: Tensor, weight: Tensor, pixels: int, rows: int) -> tuple:
     weight."""
     (n, channels, h, w), pitch, o = x.shape, x.stride(3), len(weight)
     shape = [n * h * w // pixels, pitch * (pixels - 1) + channels]
-    x = descriptor(x, shape, [pixels * pitch, 1], [rows, CONFIG["BLOCK_K"]])
+    x = TensorDescriptor(x, shape, [pixels * pitch, 1], [rows, CONFIG["BLOCK_K"]])
     k = weight[0].numel()
-    return x, descriptor(weight, [o, k], [k, 1], [CONFIG["BLOCK_O"], CONFIG["BLOCK_K"]])
+    boxes = [CONFIG["BLOCK_O"], CONFIG["BLOCK_K"]]
+    return x, TensorDescriptor(weight, [o, k], [k, 1], boxes)
 
 
 def rows_in_order(x: Tensor) -> Tensor:
@@ -194,11 +195,8 @@ def pool_op(x: Tensor, weight: Tensor, bias: Tensor, split: int) -> Tensor:
 
 def check(x: Tensor, weight: Tensor, bias: Tensor, split: int) -> tuple[Tensor, ...]:
     """The arguments without gradient. Raises TypeError or ValueError as `conv_rows`."""
-    if not (x.dtype == weight.dtype == bias.dtype) or x.dtype not in (
-        torch.float16,
-        torch.bfloat16,
-    ):
-        dtypes = f"{x.dtype}, {weight.dtype} and {bias.dtype}"
+    dtypes = {x.dtype, weight.dtype, bias.dtype}
+    if dtypes not in ({torch.float16}, {torch.bfloat16}):
         raise TypeError(f"x, weight and bias must all be float16 or all bfloat16, got {dtypes}")
     (o, c), groups = weight.shape[:2], 2 if split else 1
     fit = x.ndim == weight.ndim == 4 and x.shape[1] == groups * c and bias.shape == (o,)

@@ -13,7 +13,7 @@ try:
     from triton import jit
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # macOS, Windows
-    triton = None
+    triton = TensorDescriptor = None
 
     class tl:
         constexpr = None  # named in the kernels' signatures; their bodies never run
@@ -38,7 +38,7 @@ def has_tma(device: torch.device) -> bool:
     if triton is None or INTERPRETED or device.type != "cuda":
         return INTERPRETED
     properties = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_block_optin", 2**18)
+    shared = getattr(properties, "shared_memory_per_block_optin", 0)
     return properties.major >= 9 and shared >= 144 * 1024 + 256
 
 
@@ -78,11 +78,6 @@ def storage_order(x: Tensor) -> Tensor:
     """x if its elements fill its storage without gaps in some order, else a contiguous copy."""
     channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return x if channels_last else x.contiguous()
-
-
-def descriptor(x: Tensor, shape: list[int], strides: list[int], box: list[int]):
-    """What the TMA needs to copy boxes of a matrix that begins where x does."""
-    return TensorDescriptor(x, shape, strides, box)
 
 
 def split_convolution(x: Tensor, weight: Tensor, bias: Tensor, padding: int, split: int) -> Tensor:

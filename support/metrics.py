@@ -314,53 +314,14 @@ def components(mask: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
         yield region, int(region.sum())
 
 
-def pixel_metrics(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> tuple[float, float]:
-    """`Localization.pixel_metrics` of maps and masks in memory, each h×w."""
-    return _looked_at(maps, masks, saturated=False).pixel_metrics()
-
-
-def pro_curve(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> Curve:
-    """Per-region overlap against false-positive rate (MVTec AD), from (0, 0) to (1, 1); arguments
-    and errors as of `Localization.add`. Sizes may differ between images."""
-    return _looked_at(maps, masks, saturated=False).all.curve()
-
-
-def spro_curve(maps: Sequence[np.ndarray], regions: Sequence[Regions]) -> Curve:
-    """Saturated per-region overlap against false-positive rate (MVTec LOCO), as `pro_curve`."""
-    return _looked_at(maps, regions, saturated=True).all.curve()
-
-
-def _looked_at(maps: Sequence, truths: Sequence, saturated: bool) -> Localization:
-    if len(maps) != len(truths):
-        raise ValueError(f"{len(maps)} maps but masks for {len(truths)}")
-    localization = Localization(saturated)
-    for values, truth in zip(maps, truths):
-        localization.add(values, truth, "any")
-    localization.measure(maps)
-    return localization
-
-
 def area_under_curve(fpr: np.ndarray, pro: np.ndarray, limit: float) -> float:
     """Area under a curve (fpr ascending) up to fpr = `limit`, divided by `limit`: in [0, 1]. The
     curve is interpolated at the limit. Raises ValueError unless 0 < limit <= 1."""
     if not 0 < limit <= 1:
         raise ValueError(f"the integration limit must be within (0, 1], got {limit}")
-    inside = fpr <= limit
-    end = np.flatnonzero(inside)[-1]
-    x, y = fpr[inside], pro[inside]
+    end = np.searchsorted(fpr, limit, "right")
+    x, y = fpr[:end], pro[:end]
     if x[-1] < limit:
-        share = (limit - fpr[end]) / (fpr[end + 1] - fpr[end])
-        x, y = np.append(x, limit), np.append(y, pro[end] + share * (pro[end + 1] - pro[end]))
+        share = (limit - x[-1]) / (fpr[end] - x[-1])
+        x, y = np.append(x, limit), np.append(y, y[-1] + share * (pro[end] - y[-1]))
     return float(np.trapezoid(y, x) / limit)
-
-
-def au_pro(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray], limit: float = 0.3) -> float:
-    """Area under `pro_curve` up to a false-positive rate of `limit`, divided by it; MVTec AD
-    reports 0.3."""
-    return area_under_curve(*pro_curve(maps, masks), limit)
-
-
-def au_spro(maps: Sequence[np.ndarray], regions: Sequence[Regions], limit: float = 0.05) -> float:
-    """Area under `spro_curve` up to a false-positive rate of `limit`, divided by it; MVTec LOCO
-    reports 0.05 first."""
-    return area_under_curve(*spro_curve(maps, regions), limit)

@@ -83,9 +83,6 @@ def test_weight_files(tmp_path):
     remedy = "--backbone-weights takes the published weight file of resnet"
     with pytest.raises(ModelError, match=f"not the weights of resnet34; {remedy}34"):
         load_weights(ResNet("resnet34"), str(path))
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ModelError, match=f"weights.pth: not a readable .*; {remedy}18"):
-        load_weights(trunk, str(path))
     with pytest.raises(ModelError, match=f"missing.pth: no such file; {remedy}18"):
         load_weights(trunk, str(tmp_path / "missing.pth"))
 
@@ -220,21 +217,7 @@ def test_efficientnet_lite_finds_its_package(name):
     assert errors[1] < 0.35 * errors[0], errors
 
 
-def test_any_trunk_with_outputs_and_channels_by_layer():
-    class Constant(nn.Module):
-        channels = {1: 5, 2: 7}
-
-        def forward(self, x, layers):
-            return [torch.full((1, self.channels[i], 8 // i, 8 // i), float(i)) for i in layers]
-
-    y = PatchFeatures(Constant(), 4, 6, (1, 2))(torch.zeros(1, 3, 32, 32))
-    assert y.shape == (1, 4, 8, 8)
-    assert y[0, :, 4, 4].tolist() == pytest.approx([1, 1, 2, 2])
-
-
 def test_impossible_options():
-    with pytest.raises(ValueError, match="unknown backbone 'vgg': choose one of resnet18, "):
-        make_trunk("vgg")
     trunk = ResNet("resnet18")
     for layers in ((3, 2), (), (4,)):
         with pytest.raises(ValueError, match="some of 1, 2, 3 in this order"):

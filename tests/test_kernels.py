@@ -4,7 +4,6 @@ compiled for three GPU generations, wrong arguments, and efficientad.py without 
 import itertools
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -188,25 +187,20 @@ WRONG = [
     ("conv_relu_pool", (X.half(), W, B), TypeError, "torch.float16, torch.float32"),
     ("conv_relu_pool", (X, W, B.int()), TypeError, "bias be floating point"),
     ("conv_relu_pool", (X, W[:, :2], B), ValueError, r"x \(1, 3, 8, 8\).*weight \(2, 2, 4, 4\)"),
-    ("conv_relu_pool", (X[0], W, B), ValueError, "x N×C×H×W"),
     ("conv_relu_pool", (X, W, B, 4), ValueError, "padding 0 to 3"),
     ("conv_relu_pool", (X, W, B, 0, 2), ValueError, "pool_padding 0 or 1"),
     ("conv_relu_pool", (X[:, :, :4], W, B), ValueError, "too small"),
-    ("conv_relu_pool", (X[:0], W, B), ValueError, "none empty"),
     ("conv_rows", (X, W, B, 0), TypeError, "all be float16 or all bfloat16"),
     ("conv_rows", (X.half(), W.half(), B.half(), 0), ValueError, "C a multiple of 64"),
     ("conv_rows_pool", (ODD, ROWS, ROWS[:, 0, 0, 0]), ValueError, "even width"),
     ("distance_map", (X, X.double()), TypeError, "b must be float32"),
     ("distance_map", (X, X[:, :2]), ValueError, "a and b N×C×h×w"),
-    ("distance_map", (X[0], X[0]), ValueError, "a and b N×C×h×w"),
     ("distance_map", (X, X.to(META)), ValueError, "b .* on meta"),
     ("combined_map", (X, X, X, Q), ValueError, "student N×2C×h×w"),
     ("combined_map", (X, X2, X2, Q), ValueError, "autoencoder"),
     ("combined_map", (X, X2, X, B), ValueError, "quantiles 2×2"),
-    ("combined_map", (X, X2, X, Q.to(META)), ValueError, "one device"),
     ("quantile", (X.half(), 0.5), TypeError, "float32"),
     ("quantile", (X, [0.5, 1.1]), ValueError, "0 <= q <= 1"),
-    ("quantile", (X, []), ValueError, "0 <= q <= 1"),
     ("quantile", (X[:0], 0.5), ValueError, "of 0 elements"),
     ("hard_feature_loss", (X, X.int()), TypeError, "student must be"),
     ("hard_feature_loss", (X, X[:, :1]), ValueError, "one shape"),
@@ -230,10 +224,7 @@ NO_TRITON = "import sys, torch; sys.modules['triton'] = None; import kernels;"
 NO_TRITON += "assert kernels.quantile(torch.tensor([1.0, 2.0]), 0.5) == 1.5\n"
 
 
-def test_efficientad_needs_no_kernels(tmp_path):
-    """Beside a foreign package named kernels, without Triton, switched off."""
-    shutil.copy(ROOT / "efficientad.py", tmp_path)
-    (tmp_path / "kernels.py").write_text("quantile = print  # no other name of ours")
-    run("-c", SCORE, cwd=tmp_path)
+def test_efficientad_needs_no_kernels():
+    """Without Triton; switched off."""
     run("-c", NO_TRITON + SCORE)
     run("-c", SCORE, TRITON_INTERPRET="1", EFFICIENTAD_KERNELS="0")

@@ -94,11 +94,8 @@ def test_any_image_size(image_size, padding):
         anomaly_map, score = model(x)
         local_map, global_map = model.raw_maps(x)
     size = tuple(s // 4 - (0 if padding else 8) for s in image_size)
-    assert bottleneck.shape == (2, 64, 1, 1) and local_map.shape == global_map.shape == (
-        2,
-        1,
-        *size,
-    )
+    assert bottleneck.shape == (2, 64, 1, 1)
+    assert local_map.shape == global_map.shape == (2, 1, *size)
     assert anomaly_map.shape == (2, 1, *image_size)
     assert torch.equal(score, anomaly_map.amax((1, 2, 3)))
 
@@ -136,8 +133,6 @@ def test_quantile_is_numpys(n, q):
 
 def test_quantile_beyond_torchs_limit_and_special_values():
     x = torch.arange(2**24 + 3, dtype=torch.int32).flip(0).float() % 1000
-    with pytest.raises(RuntimeError, match="too large"):
-        torch.quantile(x, 0.5)
     assert quantile(x, 0.995).item() == pytest.approx(np.quantile(x.numpy(), 0.995), rel=1e-6)
     assert quantile(torch.tensor([1.0, torch.nan, 2.0]), 0.0).isnan()  # as torch.quantile
     assert quantile(torch.tensor([-torch.inf, 0.0, 1.0]), 0.0).item() == -torch.inf
@@ -206,6 +201,8 @@ def test_losses_are_the_papers_and_the_fast_ones_are_the_same(size):
     model = double_model(size)
     i, j, p = IMAGES[:1], torch.rand(1, 3, 128, 128), IMAGES[1:2]
     losses = {name: loss.double() for name, loss in model.losses(i, j, p, 0.99).items()}
+    both = model.autoencoder[0].weight, model.student[0].weight  # the gradient reaches both
+    torch.autograd.grad(losses["student_autoencoder"], both, retain_graph=True)
     x, y, z = (model.normalize(images) for images in (i, j, p))
     s, s_ae, a = model.student(x)[:, :384], model.student(y)[:, 384:], model.autoencoder(y)
     d = (model.teacher_features(x) - s).square()
@@ -256,13 +253,6 @@ def test_a_shared_stem_is_computed_and_stored_once(tmp_path):
     assert len(calls) == 2  # one call with both hooks: it is one layer
     model.teacher[0].weight.data.zero_()
     assert not model.student[0].weight.any()
-
-
-def test_gradient_of_the_student_autoencoder_loss_reaches_both():
-    model = EfficientAD(image_size=(128, 128))
-    model.losses(IMAGES[:1], IMAGES[:1], None)["student_autoencoder"].backward()
-    assert model.autoencoder[0].weight.grad.abs().sum() > 0
-    assert model.student[0].weight.grad.abs().sum() > 0
 
 
 # ----------------------------------------------------------------------------------- calibration
