@@ -97,14 +97,9 @@ def _arrange(rng: Generator, defect: str | None) -> tuple[list[list], list[Image
     return parts, masks
 
 
-def _box(x: float, y: float, radius: float) -> list[float]:
-    """The bounding box of a circle, as ImageDraw takes it."""
-    return [x - radius, y - radius, x + radius, y + radius]
-
-
 def _place_mask(x: float, y: float) -> Image.Image:
     mask = Image.new("L", (256 * SCALE, 256 * SCALE))
-    ImageDraw.Draw(mask).ellipse(_box(SCALE * x, SCALE * y, SCALE * 26), fill=255)
+    ImageDraw.Draw(mask).circle((SCALE * x, SCALE * y), SCALE * 26, fill=255)
     return mask
 
 
@@ -120,7 +115,7 @@ def _tray(rng: Generator, size: int) -> Image.Image:
     draw = ImageDraw.Draw(image)
     for x, y, r in zip(rng.uniform(0, size, 40), rng.uniform(0, size, 40), rng.uniform(0.7, 2, 40)):
         tone = int(rng.integers(95, 135))
-        draw.ellipse(_box(x, y, r), fill=(tone, tone + 6, tone))
+        draw.circle((x, y), r, fill=(tone, tone + 6, tone))
     return image
 
 
@@ -134,7 +129,7 @@ def _part(kind: str, rng: Generator) -> Image.Image:
         return tuple(int(min(255, v * tone)) for v in rgb) + (255,)
 
     def disc(radius, **options):
-        draw.ellipse(_box(c, c, radius), **options)
+        draw.circle((c, c), radius, **options)
 
     def polygon(radii, **options):
         angles = [2 * math.pi * i / len(radii) for i in range(len(radii))]
@@ -202,7 +197,7 @@ def _damage(canvas: Image.Image, defect: str, rng: Generator) -> Image.Image:
         for _ in range(6):
             radius = rng.uniform(8, 20)
             dx, dy = rng.uniform(-18, 18, 2)
-            draw.ellipse(_box(x + dx, y + dy, radius), fill=255)
+            draw.circle((x + dx, y + dy), radius, fill=255)
         mask = mask.filter(ImageFilter.GaussianBlur(3))
         strength = rng.uniform(0.2, 0.7)
         canvas.paste((44, 34, 22), mask=mask.point(lambda v: v * strength))
@@ -214,8 +209,8 @@ def _damage(canvas: Image.Image, defect: str, rng: Generator) -> Image.Image:
             points = [(x + r * math.cos(t), y + s * math.sin(t)) for t, (r, s) in zip(turns, radii)]
             draw.polygon(points, fill=255)
         else:
-            start = rng.uniform(0, 360)
-            draw.arc(_box(x, y, 34), start, start + rng.uniform(110, 220), fill=255, width=5)
+            start, box = rng.uniform(0, 360), [x - 34, y - 34, x + 34, y + 34]
+            draw.arc(box, start, start + rng.uniform(110, 220), fill=255, width=5)
         shadow = ImageChops.offset(mask, 5, 6).filter(ImageFilter.GaussianBlur(4))
         canvas.paste((18, 24, 22), mask=shadow.point(lambda v: v * 0.5))
         canvas.paste(tint, mask=mask)

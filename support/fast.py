@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efficientad import EfficientAD, ModelError, use_kernels
+from kernels import combined_map
 from support import fast_gpu, int8, tiling
 from support.graphs import BatchGraphs, beside, cudnn_tunes, side_stream
 from support.tiling import TiledEfficientAD
@@ -109,7 +110,7 @@ class FastEfficientAD(TiledEfficientAD):
         images = torch.randint(256, (n, 3, height, width), generator=torch.Generator())
         x = self.normalize(images.to(torch.uint8))
         if use_kernels(x) and not self.pair.with_kernels:
-            fast_gpu.fuse_if_faster(self.autoencoder, lambda: (self.autoencoder(x),))
+            fast_gpu.fuse_if_faster(self.autoencoder, partial(self.autoencoder, x))
         rows = max(64, tiling.TILE * height // self.activation)
         return self.pair.choose(x[:, :, :rows])
 
@@ -181,8 +182,6 @@ class FastEfficientAD(TiledEfficientAD):
     def forward_pass(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images -> combined map and score; one resize serves both maps."""
         if use_kernels(self.quantiles) and not self.oversized(images):
-            from kernels import combined_map  # there, since kernels run
-
             raw = combined_map(*self.features(images), self.quantiles)
         else:
             (local_map, global_map), (q_a, q_b) = self.raw_maps(images), self.quantiles.T
@@ -224,7 +223,7 @@ class ConvReLU(nn.Module):
     def __init__(self, convolution: nn.Conv2d, shape: torch.Size, relu: bool):
         super().__init__()
         c, self.relu = convolution, "relu" if relu else "none"
-        self.padding, self.bias, self.out_channels = c.padding, c.bias, c.out_channels
+        self.bias = c.bias
         self.arguments = (list(c.padding), list(c.stride), list(c.dilation), 1)
         reorder = torch.ops.mkldnn._reorder_convolution_weight
         self.weight = reorder(c.weight.detach(), *self.arguments, list(shape))

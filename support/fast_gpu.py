@@ -16,8 +16,6 @@ from efficientad import PDN, use_kernels
 from kernels.runtime import has_tma
 from support.graphs import beside, graph_milliseconds, side_stream
 
-CHANNELS_LAST = torch.channels_last
-
 
 def serves(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the fast form is of this kind: in half precision on a GPU."""
@@ -28,7 +26,6 @@ def four_channels(convolution: nn.Conv2d) -> None:
     """Give a first convolution a fourth input channel that counts nothing: a pixel is 8 bytes."""
     weight = F.pad(convolution.weight.detach(), (0, 0, 0, 0, 0, 1))
     convolution.weight = nn.Parameter(weight, requires_grad=False)
-    convolution.in_channels = 4
 
 
 class Convolution(nn.Module):
@@ -116,8 +113,8 @@ class Layer(nn.Module):
         self.padding = teacher.padding[0]
         self.kernel = self.find_kernel(teacher, student)
         if self.kernel:  # the weights of both in one; cuDNN's are slices of them
-            weight = torch.cat([c.weight for c in own]).contiguous(memory_format=CHANNELS_LAST)
-            self.weight, self.bias = weight, torch.cat([c.bias for c in own])
+            weight, self.bias = torch.cat([c.weight for c in own]), torch.cat([c.bias for c in own])
+            self.weight = weight = weight.contiguous(memory_format=torch.channels_last)
             self.outputs = [len(c.weight) for c in own]
             self.split = 0 if common else self.outputs[0]
             for c, w in zip(own, weight.split(self.outputs)):
@@ -125,13 +122,13 @@ class Layer(nn.Module):
 
     def find_kernel(self, teacher: nn.Conv2d, student: nn.Conv2d) -> Callable | None:
         """The kernel that can compute the layer here, if there is one."""
-        (_, c, size, _), device = teacher.weight.shape, teacher.weight.device
+        c = teacher.weight.shape[1]
         if student.weight.shape[1] != c:
             return None
-        rows = has_tma(device) and not self.padding and c % 64 == 0
-        if self.pool is not None:
-            return self.rows_pool if rows else self.relu_pool if size == 4 else None
-        return self.rows if rows else None
+        rows = has_tma(teacher.weight.device) and not self.padding and c % 64 == 0
+        if self.pool is None:
+            return self.rows if rows else None
+        return self.rows_pool if rows else self.relu_pool
 
     def rows(self, x: Tensor) -> Tensor:
         return kernels.conv_rows(x, self.weight, self.bias, self.split, self.relu)

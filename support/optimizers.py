@@ -47,15 +47,12 @@ def make_adam(groups: list[dict], device: torch.device) -> torch.optim.Adam:
 
 
 def make_optimizers(
-    learned: Iterable[nn.Parameter], matrices: Iterable[nn.Parameter], lr: float
+    learned: Iterable[nn.Parameter], matrices: list[nn.Parameter], lr: float
 ) -> list[torch.optim.Optimizer]:
     """Adam for `learned` without the frozen ones; for `matrices` among them, weights of
     convolutions, Muon at half the rate."""
-    matrices, others = list(matrices), []
-    known = {id(weight) for weight in matrices}
-    for weight in learned:
-        if weight.requires_grad and id(weight) not in known:
-            others.append(weight)
+    known = set(matrices)
+    others = [weight for weight in learned if weight.requires_grad and weight not in known]
     device = others[0].device
     optimizers = [make_adam([{"params": others, "lr": lr}], device)]
     if matrices:

@@ -182,11 +182,9 @@ def new_run_folder(out: str | None, name: str) -> Path:
         return Path(out)
     for i in range(1, 10000):
         folder = Path("runs") / (name if i == 1 else f"{name}-{i}")
-        try:
+        with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:
-            continue
     raise DataError(f"{folder}: too many runs; name one with --out")
 
 
@@ -268,10 +266,6 @@ class Run:
         name = normal.category.name
         print(f"{self.folder}: {name}, {images}, {how}; {'; '.join(words)}", file=sys.stderr)
 
-    def left(self, total: int) -> range:
-        """The steps that are left of `total`."""
-        return range(self.step, total)
-
     def save(self) -> None:
         """Write resume.pt: all that `step` and the later steps depend on."""
         self.check.look(self.step - 1)
@@ -293,7 +287,7 @@ class Run:
         self.total, self.log = total, Log(self.folder / "log.jsonl", self.step)
         self.started = saved = time.time()
         arguments = {"initial": self.step, "total": total, "unit": "step", "mininterval": 0.5}
-        self.bar = tqdm(self.left(total), "training", **arguments)
+        self.bar = tqdm(range(self.step, total), "training", **arguments)
         with Interrupt() as interrupt:
             for step in self.bar:
                 yield step

@@ -99,10 +99,10 @@ def luma(images: Tensor) -> Tensor:
     return 0.299 * r + 0.587 * g + 0.114 * b
 
 
-def draw(n: int, gray_probability: float = 0.3) -> Tensor:
+def draw(n: int) -> Tensor:
     """The random choices of a step for n images, float32 3×N×1×1×1, from torch's CPU generator:
     whether photo P is gray; factor, uniform in [0.8, 1.2], and kind of the augmentation."""
-    gray = torch.rand(n, 1, 1, 1) < gray_probability
+    gray = torch.rand(n, 1, 1, 1) < 0.3
     factor = torch.empty(n, 1, 1, 1).uniform_(0.8, 1.2)
     return torch.stack([gray.float(), factor, torch.randint(3, (n, 1, 1, 1)).float()])
 
@@ -146,10 +146,8 @@ def fast_losses(
             teacher_i, teacher_j = teacher, model.teacher_features(x[n:])
         both = x if p is None else torch.cat([x, model.normalize(p)])
         hidden, last = model.student.hidden(model.student.stem(both)), model.student[-1]
-        (weight, weight_ae), (bias, bias_ae) = (
-            last.weight.split(CHANNELS),
-            last.bias.split(CHANNELS),
-        )
+        weight, weight_ae = last.weight.split(CHANNELS)
+        bias, bias_ae = last.bias.split(CHANNELS)
         student_j = F.conv2d(hidden[n : 2 * n], weight_ae, bias_ae)
         student = F.conv2d(torch.cat([hidden[:n], hidden[2 * n :]]), weight, bias)
         return teacher_i, teacher_j, student_j, student
@@ -243,8 +241,8 @@ def process_start() -> float:
 def steps_until(
     end: float, take_step: Callable[[int], dict], model: EfficientAD, validation: Sequence
 ) -> int:
-    """How many steps fit in if calibration shall be over at the time `end`, by measure: it takes
-    some. At least one."""
+    """How many steps fit in if calibration shall be over at the time `end`: at least one. It takes
+    some steps to measure them."""
     image, device = torch.as_tensor(validation[0])[None], model.threshold.device
     moments, share = [], 0.02 * (end - time.time())
     while len(moments) < 15 or moments[-1] - moments[4] < share:

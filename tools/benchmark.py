@@ -88,26 +88,23 @@ def environment(device: torch.device) -> dict:
     software = ", ".join([f"Python {platform.python_version()}", *versions])
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device), "software": software}
-    info = Path("/proc/cpuinfo")
-    name = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     words = [name[1] if name else platform.processor()]
     words.append(f"{torch.get_num_threads()} of {os.cpu_count()} cores")
     words += ["AMX"] if torch.cpu._is_amx_tile_supported() else []
     words += ["AVX512-BF16"] if cpu_has_bf16(device) else []
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    load = os.getloadavg()[0]
     return {"device": ", ".join(words), "software": software, "load average before": load}
 
 
-def memory(device: torch.device, peak: bool = False) -> float | None:
+def memory(device: torch.device, peak: bool = False) -> float:
     """MiB in use now or, with `peak`, at most since the last call without it. On a GPU torch's, on
-    a CPU the process's, which Linux alone tells."""
+    a CPU the process's."""
     if device.type == "cuda":
         if peak:
             return torch.cuda.max_memory_allocated(device) / 2**20
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device) / 2**20
-    if not sys.platform.startswith("linux"):
-        return None
     if not peak:
         ctypes.CDLL(None).malloc_trim(0)  # what was freed is given back
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
@@ -188,7 +185,7 @@ def measure_rows(model: nn.Module, images: Tensor, names: tuple, budget: float) 
         except Exception as error:  # a compiler's or exporter's, or it is not installed
             about[name] = {"missing": f"{type(error).__name__}: {error}".splitlines()[0][:80]}
             continue
-        peak = None if before is None else memory(device, peak=True) - before
+        peak = memory(device, peak=True) - before
         first = m if first is None else first
         about[name] = {"peak MiB": peak, "map error": map_error(m, first)}
         if choice := getattr(function, "choice", ""):
@@ -393,15 +390,15 @@ def main(argv: list[str] | None = None) -> None:
     if options.readme:
         return put_in_place(Path(options.readme))
     prepare_torch(0)
-    device, scope = torch.device(options.device), QUICK if options.quick else Scope()
+    device = torch.device(options.device)
+    scope = FIRST if options.first_gpu else QUICK if options.quick else Scope()
     if options.budget is not None:
         scope = scope._replace(budget=options.budget)
     command = shlex.join(["python", "-m", "tools.benchmark", *argv])
     results = {"command": command, **environment(device)}
     if options.first_gpu:
         write(Path(options.json), json.dumps(results))
-        few = FIRST._replace(budget=options.budget or FIRST.budget)
-        results = first_gpu(Path(options.json), SECTIONS, few, device, options.minutes)
+        results = first_gpu(Path(options.json), SECTIONS, scope, device, options.minutes)
     elif options.accuracy:
         results |= accuracy_section(Path(options.accuracy), device, options.precision)
     else:

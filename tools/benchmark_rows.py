@@ -17,7 +17,7 @@ from kernels.conv_rows import pool_reference
 from kernels.conv_rows import reference as rows_reference
 from kernels.distance_map import combined_map_reference, distance_map_reference
 from kernels.runtime import has_tma
-from support.calibration import calibrate_int8
+from support import int8
 from support.fast import cpu_has_bf16, optimize
 from support.optimizers import make_adam
 from support.training import Step, augment, draw, teacher_outputs, turn_gray
@@ -125,11 +125,10 @@ def ours_int8(model: nn.Module, images: Tensor) -> Callable:
     if not isinstance(model, EfficientAD):
         raise ImportError("int8 is for EfficientAD")
     model = copy.deepcopy(model)
-    calibrate_int8(model, [images])
-    if "int8" not in model.training_info:
-        raise ImportError("int8 needs a CPU with VNNI instructions")
-    maxima = model.training_info["int8"]["maxima"]
-    model.training_info["int8"] = {"maxima": maxima}  # the map on the model's own scale
+    model.training_info["int8"] = info = {}  # no quantiles: the map on the model's own scale
+    if reason := int8.problem(model):
+        raise ImportError(reason)
+    info["maxima"] = int8.measure_maxima(model, [images])
     fast = optimize(model, "int8", (len(images),))
     return lambda x: fast(x)[0].cpu()
 

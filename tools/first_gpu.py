@@ -23,20 +23,19 @@ from support.training import prepare_torch
 from tools.benchmark_tables import section
 
 ROOT = Path(__file__).parent.parent
-# and their share of the time
+# each with its share of the time
 TESTS = {"tests/kernel_checks.py": 0.3, "tests/test_fast.py": 0.15, "tests/test_training.py": 0.1}
 START = "spawn"  # CUDA does not survive a fork
 BEGIN, END = "<!-- begin of what --readme writes -->", "<!-- end -->"
 
 
-def command(*words: object) -> str:
-    """The last line that a Python command prints. Raises RuntimeError with it if that fails."""
+def command(*words: object) -> None:
+    """Run a Python command. Raises RuntimeError with its last line if it fails."""
     words, both = [sys.executable, *map(str, words)], {"stderr": subprocess.STDOUT}
     process = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, errors="replace", **both)
     last = (process.stdout.strip().splitlines() or [""])[-1]
     if process.returncode:
         raise RuntimeError(f"exit status {process.returncode}: {last}")
-    return last
 
 
 def correctness(tests: str, log: Path, device: torch.device, seconds: float) -> dict:
