@@ -232,7 +232,6 @@ class EfficientAD(nn.Module):
     def __init__(self, *, size="small", image_size=(256, 256), padding=False, shared_stem=False):
         super().__init__()
         image_size = tuple(image_size)
-        check_image_size(image_size)
         self.config = {"size": size, "image_size": image_size}
         self.config |= {"padding": padding, "shared_stem": shared_stem}
         self.training_info: dict = {}  # how it was trained; saved, never used here
@@ -279,8 +278,8 @@ class EfficientAD(nn.Module):
 
     def pdn_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Normalized images -> the outputs of teacher and student; a shared stem runs once."""
-        stem = (self.teacher.stem(x),) if self.shared_stem else ()
-        return self.teacher_features(x, *stem), self.student(x, *stem)
+        stem = self.teacher.stem(x) if self.shared_stem else None
+        return self.teacher_features(x, stem), self.student(x, stem)
 
     def normalize(self, images: Tensor, any_size: bool = False) -> Tensor:
         """Images N×3×H×W, uint8 0–255 or float 0–1 -> float32 with ImageNet's mean and standard
@@ -303,9 +302,9 @@ class EfficientAD(nn.Module):
             raise ValueError(f"images must be N×3×{height}×{width}, got {tuple(images.shape)}")
 
     @torch.no_grad()
-    def teacher_features(self, x: Tensor, *stem: Tensor) -> Tensor:
+    def teacher_features(self, x: Tensor, stem: Tensor | None = None) -> Tensor:
         """Normalized images N×3×H×W -> the teacher's output N×384×h×w, (T − μ)/σ per channel."""
-        return (self.teacher(x, *stem) - self.teacher_mean) / self.teacher_std
+        return (self.teacher(x, stem) - self.teacher_mean) / self.teacher_std
 
     def normalize_maps(self, local_map: Tensor, global_map: Tensor) -> dict[str, Tensor]:
         """Raw maps N×1×h×w -> maps by name, N×1×H×W: q_a becomes 0, q_b 0.1 (section 3.4); the

@@ -167,8 +167,8 @@ class FastEfficientAD(TiledEfficientAD):
             return images.contiguous(memory_format=torch.channels_last)
         return (images - self.mean).to(self.dtype, memory_format=torch.channels_last)
 
-    def teacher_features(self, x: Tensor, *stem: Tensor) -> Tensor:
-        return self.teacher(x, *stem)  # normalized by its last convolution
+    def teacher_features(self, x: Tensor, stem: Tensor | None = None) -> Tensor:
+        return self.teacher(x, stem)  # normalized by its last convolution
 
     def pdn_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return super().pdn_features(x) if self.pair is None else self.pair(x)

@@ -37,11 +37,11 @@ class TiledEfficientAD(EfficientAD):
         return len(images) * self.activation > TILE
 
     def raw_maps_in_strips(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """`raw_maps` strip by strip."""
+        """`raw_maps` of one image, strip by strip."""
         x = self.normalize(images)
         autoencoder = self.autoencoder(x)
         height, maps = autoencoder.shape[2], []
-        step = max(8, TILE * height // (len(images) * self.activation))
+        step = max(8, TILE * height // self.activation)
         for top in range(0, height, step):
             bottom = min(top + step, height)
             if self.padding:  # rows within 9 of a strip's inner edge would see its zeros
