@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,8 @@ COLUMNS = {  # key in results.json: title of a table's column
     **{key: f"{name} {limit}" for key, name, limit in (AU_PRO, AU_SPRO)},
 }
 SIDE = 256  # pixels, the width of an overlay's pictures
+VERDICTS = "reject", "check", "ok"  # of unlabelled images, in the order of their report
+REPORTED = 300  # unlabelled images in a report at most
 Scale = tuple[float, float]  # of heat colours: where they begin, and the threshold in their middle
 
 
@@ -166,17 +169,17 @@ def data_uri(image: Image.Image, kind: str) -> str:
 
 
 def report_entry(
-    image: Image.Image, mask: np.ndarray, maps: dict[str, np.ndarray], scale: Scale
+    image: Image.Image, mask: np.ndarray | None, maps: dict[str, np.ndarray], scale: Scale
 ) -> dict:
-    """A test image in the report, about 25 KB: its input as JPEG, its maps as translucent 64-pixel
-    PNGs (the browser enlarges them) on the scale of `overlay`, and the outline of its mask."""
+    """An image in the report, about 25 KB: its input as JPEG, its maps as translucent 64-pixel PNGs
+    (the browser enlarges them) on the scale of `overlay`, and the outline of its mask, if any."""
     size = (240, min(960, max(1, round(240 * image.height / image.width))))
     small = (64, max(1, 64 * size[1] // size[0]))
     entry = {"input": data_uri(image.resize(size), "jpeg"), "maps": {}}
     for name, values in maps.items():
         layer = heat_layer(values, small, Image.Resampling.BOX, scale) * [1, 1, 1, 255]
         entry["maps"][name] = data_uri(Image.fromarray(layer.astype(np.uint8)), "png")
-    if mask.any():
+    if mask is not None and mask.any():
         inside = Image.fromarray(mask).convert("L").resize(size, Image.Resampling.BILINEAR)
         inside = inside.point(lambda v: 255 if v > 127 else 0)
         edge = ImageChops.difference(inside.filter(ImageFilter.MaxFilter(3)), inside)
@@ -187,7 +190,7 @@ def report_entry(
 
 
 def html_report(results: dict, entries: list[dict], curves: dict[str, Curve]) -> str:
-    """report.html: one file that needs nothing else."""
+    """report.html of an evaluation: one file that needs nothing else."""
     scores = {name: [] for name in ("good", *results["types"])}
     for entry in entries:
         scores[entry["defect"]].append(entry["score"])
@@ -203,7 +206,7 @@ def html_report(results: dict, entries: list[dict], curves: dict[str, Curve]) ->
     about = [f"{k} {v}" for k, v in known.items() if k not in ("model", "category", "data")]
     content = {
         "model": label(results["training"]),
-        "results": results,
+        **{name: results[name] for name in ("category", "floor", "threshold")},
         "origin": f"{', '.join(about)}; {explanation(results)}",
         "table": results_table(results),
         "roc": points(roc),
@@ -211,6 +214,11 @@ def html_report(results: dict, entries: list[dict], curves: dict[str, Curve]) ->
         "overlap_metric": [name, float(limit)],
         "images": entries,
     }
+    return fill_page(content)
+
+
+def fill_page(content: dict) -> str:
+    """report.html with this content, as its script reads it."""
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     return template.replace("@DATA@", json.dumps(content).replace("<", "\\u003c"))
 
@@ -234,16 +242,35 @@ def write_results(folder: Path, results: dict, entries: list[dict], curves: dict
     print(f"wrote {folder / 'report.html'}, results.json, results.md, scores.csv and overlays/")
 
 
-def write_scores(folder: Path, rows: list[list], skipped: list[list], meaning: str) -> None:
+def worst(entries: list[dict], n: int = REPORTED) -> list[dict]:
+    """The n unlabelled images that need a look most: by verdict, then by falling score, of which
+    None stands for NaN."""
+
+    def key(entry: dict) -> tuple:
+        score = entry["score"]
+        return VERDICTS.index(entry["verdict"]), -math.inf if score is None else -score
+
+    return sorted(entries, key=key)[:n]
+
+
+def write_scores(folder: Path, rows: list[list], skipped: list[list], content: dict) -> None:
     """Write and print the scores of unlabelled images. `rows`: scores.csv's, the header first; the
     last columns are verdict, whether it is anomalous, and the differences from the training images,
-    in words. `skipped`: (name, reason) of files that were left out. `meaning`: of the threshold."""
+    in words. `skipped`: (name, reason) of files that were left out. `content`: of report.html; its
+    "origin" says what the threshold means, its "images" are the `worst`."""
     write(folder / "scores.csv", csv_text(rows))
     write(folder / "skipped.csv", csv_text([["image", "reason"], *skipped]))
     images = rows[1:]
-    print(f"{sum(row[-2] for row in images)} of {len(images)} images above the {meaning}")
+    summary = f"{sum(row[-2] for row in images)} of {len(images)} images above the"
     verdicts = [row[-3] for row in images]
-    print(", ".join(f"{verdicts.count(v)} {v}" for v in ("ok", "check", "reject")))
+    counts = ", ".join(f"{verdicts.count(v)} {v}" for v in reversed(VERDICTS))
+    listed = [["image", "score", "p-value", "verdict", "unlike the training images in"]]
+    for e in content["images"][:20]:
+        numbers = ["–" if e[k] is None else f"{e[k]:.3g}" for k in ("score", "p_value")]
+        listed.append([e["name"], *numbers, e["verdict"], e["unlike"]])
+    content["origin"] = f"{summary} {content['origin']}; {counts}"
+    write(folder / "report.html", fill_page({**content, "total": len(images), "table": listed}))
+    print(f"{table(listed)}\n\n{content['origin']}")
     unlike = [row for row in images if row[-1]]
     if unlike:
         what = "images are unlike the training images in size, colour or brightness"
@@ -251,4 +278,4 @@ def write_scores(folder: Path, rows: list[list], skipped: list[list], meaning: s
         print(f"{len(unlike)} of {len(images)} {what}: do not trust their scores; {first}")
     if skipped:
         print(f"{len(skipped)} skipped, the last is {skipped[-1][0]}: {skipped[-1][1]}")
-    print(f"wrote {folder / 'scores.csv'}, skipped.csv and overlays/")
+    print(f"wrote {folder / 'report.html'}, scores.csv, skipped.csv and overlays/")

@@ -1,5 +1,6 @@
 """Scores of image files: one for evaluation, a folder of unlabelled ones as fast as possible."""
 
+import math
 import os
 import sys
 import time
@@ -114,7 +115,7 @@ def score_folder(
     info, (threshold, meaning) = model.training_info, threshold_at(model, rate)
     known, scale = info.get("scores", []), (float(model.floor), threshold)
     paths, rows, skipped, began = data.list_images(folder, recursive=True), [], [], time.time()
-    looks, known_looks = [], info.get("appearance")
+    looks, known_looks, entries = [], info.get("appearance"), []
     with report.new_folder(place / "overlays") as overlays, ThreadPoolExecutor(1) as pool:
         decoded, pending = read_ahead(paths, model.image_size), []
         for path, found in zip(tqdm(paths, "scoring", unit="image"), decoded):
@@ -136,12 +137,13 @@ def score_folder(
             decision = verdict(score, threshold, p, odd)
             anomalous = int(decision == "reject")
             rows.append([name, *scores.values(), p, decision, anomalous, ", ".join(odd)])
-            arguments = (overlays / overlay_name(name), image, maps, scores, scale)
-            pending.append(pool.submit(write_overlay, *arguments))
+            about = {"name": name, "score": score if math.isfinite(score) else None, "p_value": p}
+            about |= {"verdict": decision, "unlike": ", ".join(odd)}
+            overlay = overlays / overlay_name(name)
+            pending.append(pool.submit(draw, about, overlay, image, (maps, scores), scale))
             if len(pending) > 2:
-                pending.pop(0).result()
-        for writing in pending:
-            writing.result()
+                entries = report.worst([*entries, pending.pop(0).result()])
+        entries = report.worst([*entries, *(drawing.result() for drawing in pending)])
         if not rows:
             reason = f"none of its {len(skipped)} images can be read; the first: {skipped[0][1]}"
             raise data.DataError(f"{folder}: {reason}")
@@ -151,8 +153,10 @@ def score_folder(
         if not hidden and file.suffix.lower() not in data.SUFFIXES:
             skipped.append([file, "a file of another kind"])
     header = ["image", *report.scores_header(scores), "p_value", "verdict", "anomalous"]
-    meaning = f"threshold {threshold:.4f}: {meaning}"
-    report.write_scores(place, [[*header, "unlike_training"], *rows], skipped, meaning)
+    content = {"model": report.label(model.config), "category": folder.name, "images": entries}
+    content |= {"origin": f"threshold {threshold:.4f}: {meaning}"}
+    content |= dict(zip(("floor", "threshold"), scale))
+    report.write_scores(place, [[*header, "unlike_training"], *rows], skipped, content)
     if not known_looks:
         print("how its training images looked is not in the model: unusual images are not marked")
     elif change := drift(looks, known_looks):
@@ -168,5 +172,8 @@ def overlay_name(name: str) -> Path:
     return path.with_name(f"{path.name[:40]}-{fingerprint([path]):08x}.png") if too_long else path
 
 
-def write_overlay(path: Path, image: Image.Image, maps: dict, scores: dict, scale: tuple) -> None:
-    write(path, report.overlay(image, None, maps, scores, scale))
+def draw(entry: dict, path: Path, image: Image.Image, found: tuple, scale: tuple) -> dict:
+    """Write an image's overlay from its maps and scores; what is known of it, with its pictures for
+    the report."""
+    write(path, report.overlay(image, None, *found, scale))
+    return entry | report.report_entry(image, None, found[0], scale)

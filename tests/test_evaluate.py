@@ -27,6 +27,12 @@ def pictures(folder) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
 
 
+def content_of(page) -> dict:
+    """What a report.html shows."""
+    html = page.read_text(encoding="utf-8")
+    return json.loads(html.split('id="data" type="application/json">')[1].split("</script>")[0])
+
+
 def part(root, tiny_demo, masks: bool) -> None:
     """A category in MVTec AD's layout: two good test images, one scratch, two dents."""
     for i, name in enumerate(("good/0", "good/1", "scratch/0", "dent/0", "dent/1")):
@@ -81,10 +87,8 @@ def test_everything_that_an_evaluation_writes(own, tiny_demo, model, run_script)
 
     assert len(pictures(own / "overlays")) == 9
     assert Image.open(own / "overlays/logical_anomalies/002.png").size == (5 * 260 - 4, 274)
-    html = (own / "report.html").read_text(encoding="utf-8")
     assert "http" not in (ROOT / "support/report.html").read_text()  # the page fetches nothing
-    content = html.split('<script id="data" type="application/json">')[1].split("</script>")[0]
-    images = json.loads(content)["images"]
+    images = content_of(own / "report.html")["images"]
     assert len(images) == 9 and sum("outline" in image for image in images) == 6
     assert list(images[0]["maps"]) == ["combined", "local", "global"]
     assert images[0]["score"] == float(rows["good/000"]["score"])
@@ -97,6 +101,23 @@ const made = [], node = () => ({append() {}, setAttribute() {}, insertBefore() {
 globalThis.document = {createElement: node, getElementById: id =>
   id === "data" ? {textContent: DATA} : node()};
 """
+
+
+def run_page(page: str, tmp_path) -> list[str]:
+    """The SVGs and lists that the page's script draws."""
+    data, script = (part.split("</script>")[0] for part in page.split("<script")[1:])
+    script = DOM.replace("DATA", json.dumps(data.split(">", 1)[1])) + script.split(">", 1)[1]
+    (tmp_path / "page.js").write_text(script + "console.log(JSON.stringify(made))")
+    output = subprocess.run(["node", tmp_path / "page.js"], capture_output=True, text=True)
+    return json.loads(output.stdout)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_page_of_unlabelled_images_has_no_plots(tmp_path):
+    image = {"name": "a", "score": None, "p_value": 0.05, "verdict": "reject", "unlike": "gray"}
+    content = {"images": [image | {"maps": {"combined": ""}}], "floor": 0, "threshold": 1}
+    content |= {"model": "S", "category": "c", "origin": "o", "table": [["image"]], "total": 9}
+    assert run_page(report.fill_page(content), tmp_path) == []
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
@@ -112,11 +133,7 @@ def test_pages_plots(tmp_path):
     entries += [{"name": t, "defect": t, "score": -1.0, "maps": {}} for t in types]
     curves = {name: (np.array([0, 0.1, 1]), np.array([0, 0.5, 1])) for name in types}
     page = report.html_report(results, entries, curves)
-    data, script = (part.split("</script>")[0] for part in page.split("<script")[1:])
-    script = DOM.replace("DATA", json.dumps(data.split(">", 1)[1])) + script.split(">", 1)[1]
-    (tmp_path / "page.js").write_text(script + "console.log(JSON.stringify(made))")
-    output = subprocess.run(["node", tmp_path / "page.js"], capture_output=True, text=True)
-    histogram, roc, legend, overlap, _ = json.loads(output.stdout)
+    histogram, roc, legend, overlap, _ = run_page(page, tmp_path)
     assert re.findall(r'text-anchor="end">([^<]*)<', histogram) == ["0", "3", "6", "9", "12"]
     (x,) = re.findall(r'<line x1="([\d.]+)" x2="\1" [^>]*dasharray="4 3"', histogram)
     assert 56 < float(x) < 292
@@ -250,7 +267,8 @@ def test_score_a_folder(run, run_script, tmp_path):
 
 
 def test_verdicts(model, run_script, tmp_path):
-    """A black image is unlike the training images; scores are compared with known ones."""
+    """A black image is unlike the training images; scores are compared with known ones. What needs
+    a look stands first in the report."""
     put(tmp_path / "in/a.png")
     put(tmp_path / "in/black.png", Image.new("RGB", PHOTO.size))
     checkpoint = model.checkpoint()
@@ -271,6 +289,10 @@ def test_verdicts(model, run_script, tmp_path):
         assert status == 0 and [row["verdict"] for row in rows] == expected, err
         assert [float(row["p_value"]) for row in rows] == [p, p]
         assert f"{expected.count('reject')} reject" in out
+        page = content_of(tmp_path / "r/images/report.html")
+        assert sorted(image["verdict"] for image in page["images"]) == sorted(expected)
+        assert page["images"][0]["verdict"] != "ok" and page["images"][0]["p_value"] == p
+        assert page["origin"] in out and page["table"][1][3] == page["images"][0]["verdict"]
     result = run_script(*command, "--false-alarms", "1%")
     assert_refused(result, "1 % false alarms need 99 normal images", "the model has 19")
     assert_refused(run_script(*command, "--false-alarms", "few"), "a share such as 1%, got few")
@@ -320,6 +342,9 @@ def test_recalibration_on_accepted_images(own, run_script, tmp_path):
 
 def test_nan_is_never_called_normal(own, run_script, monkeypatch):
     assert scoring.verdict(float("nan"), 0.1, 0.05, []) == "reject"
+    known = zip(("ok", "reject", "check", "reject", "reject"), (9.0, 1.0, 3.0, 2.0, None))
+    entries = [{"verdict": verdict, "score": score} for verdict, score in known]
+    assert [e["score"] for e in report.worst(entries, 4)] == [None, 2.0, 1.0, 3.0]
     titles = []
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *words: titles.append(words[2]))
     for score in (float("nan"), 0.2, 0.1):
