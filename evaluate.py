@@ -92,9 +92,9 @@ def load_run(run: Path, device: str | torch.device) -> nn.Module:
 
 
 def find_tests(run: Path, model: nn.Module, options: Options) -> tuple[data.Category, Path, bool]:
-    """The category to test on, the folder for the results, and whether it is the run's own set. The
-    own set may have moved; it keeps its name. Results on another set get a folder of their own in
-    the run's."""
+    """The category to test on, the folder for the results, and whether it is the run's own set.
+    That may have moved; it keeps its name. Results on another set lie in a folder of their own
+    within the run's."""
     info, folder = model.training_info, Path(options.out or run)
     if not (options.data or info.get("data")):
         remedy = "name the category with --data"

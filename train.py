@@ -138,7 +138,7 @@ def make_step(model: EfficientAD, optimizers: list, options: Options, data: dict
 
 
 def train(options: Options, began: float | None = None) -> Path:
-    """One run: the model of a category, in its run folder, which is returned. --minutes count from
+    """One run: the model of a category, in its run folder, which is returned. --minutes counts from
     `began`, seconds since 1970, or from now."""
     end = (began or time.time()) + 60 * (options.minutes or math.inf)
     device, size, n = torch.device(options.device), tuple(options.image_size), options.batch_size

@@ -138,9 +138,9 @@ class SimpleNet(nn.Module):
     @torch.no_grad()
     def optimize(self, precision: str = "auto", batch_sizes: tuple = (1,)) -> "SimpleNet":
         """A copy for inference alone, on the same device; arguments and errors are those of
-        `support.fast.optimize`, but that "int8" becomes "auto", with a warning. Batch norms and the
-        adaptor are multiplied into the layers beside them. A batch of one of `batch_sizes` is one
-        CUDA graph launch on a GPU."""
+        `support.fast.optimize`, except that "int8" becomes "auto", with a warning. Batch norms and
+        the adaptor are multiplied into the layers beside them. A batch of one of `batch_sizes` is
+        one CUDA graph launch on a GPU."""
         if precision == "int8":
             warnings.warn("int8 is for EfficientAD; auto instead")
             precision = "auto"

@@ -153,8 +153,8 @@ def matrices(x: Tensor, weight: Tensor, pixels: int, rows: int) -> tuple:
     shape = [n * h * w // pixels, pitch * (pixels - 1) + channels]
     x = TensorDescriptor(x, shape, [pixels * pitch, 1], [rows, CONFIG["BLOCK_K"]])
     k = weight[0].numel()
-    boxes = [CONFIG["BLOCK_O"], CONFIG["BLOCK_K"]]
-    return x, TensorDescriptor(weight, [o, k], [k, 1], boxes)
+    box = [CONFIG["BLOCK_O"], CONFIG["BLOCK_K"]]
+    return x, TensorDescriptor(weight, [o, k], [k, 1], box)
 
 
 def rows_in_order(x: Tensor) -> Tensor:
@@ -197,7 +197,8 @@ def check(x: Tensor, weight: Tensor, bias: Tensor, split: int) -> tuple[Tensor, 
     """The arguments without gradient. Raises TypeError or ValueError as `conv_rows`."""
     dtypes = {x.dtype, weight.dtype, bias.dtype}
     if dtypes not in ({torch.float16}, {torch.bfloat16}):
-        raise TypeError(f"x, weight and bias must all be float16 or all bfloat16, got {dtypes}")
+        found = f"{x.dtype}, {weight.dtype} and {bias.dtype}"
+        raise TypeError(f"x, weight and bias must all be float16 or all bfloat16, got {found}")
     (o, c), groups = weight.shape[:2], 2 if split else 1
     fit = x.ndim == weight.ndim == 4 and x.shape[1] == groups * c and bias.shape == (o,)
     fit = fit and weight.shape[2] == weight.shape[3] <= min(x.shape[2:])

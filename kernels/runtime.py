@@ -38,7 +38,7 @@ def has_tma(device: torch.device) -> bool:
     if triton is None or INTERPRETED or device.type != "cuda":
         return INTERPRETED
     properties = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_block_optin", 0)
+    shared = getattr(properties, "shared_memory_per_block_optin", 0)  # ROCm says none
     return properties.major >= 9 and shared >= 144 * 1024 + 256
 
 

@@ -31,12 +31,12 @@ COLUMNS = {  # key in results.json: title of a table's column
 }
 SIDE = 256  # pixels, the width of an overlay's pictures
 VERDICTS = "reject", "check", "ok"  # of unlabelled images, in the order of their report
-REPORTED = 300  # unlabelled images in a report at most
+REPORTED, LISTED = 300, 20  # unlabelled images in a report at most, and in its table
 Scale = tuple[float, float]  # of heat colours: where they begin, and the threshold in their middle
 
 
 def label(training: dict) -> str:
-    """The "training" of results.json -> the model's name."""
+    """A model's config, or the "training" of results.json -> the model's name."""
     if "backbone" in training:
         return f"SimpleNet ({training['backbone']})"
     return f"EfficientAD-{training['size'][0].upper()}"
@@ -265,10 +265,10 @@ def write_scores(folder: Path, rows: list[list], skipped: list[list], content: d
     verdicts = [row[-3] for row in images]
     counts = ", ".join(f"{verdicts.count(v)} {v}" for v in reversed(VERDICTS))
     listed = [["image", "score", "p-value", "verdict", "unlike the training images in"]]
-    for e in content["images"][:20]:
+    for e in content["images"][:LISTED]:
         numbers = ["–" if e[k] is None else f"{e[k]:.3g}" for k in ("score", "p_value")]
         listed.append([e["name"], *numbers, e["verdict"], e["unlike"]])
-    content["origin"] = f"{summary} {content['origin']}; {counts}"
+    content = {**content, "origin": f"{summary} {content['origin']}; {counts}"}
     write(folder / "report.html", fill_page({**content, "total": len(images), "table": listed}))
     print(f"{table(listed)}\n\n{content['origin']}")
     unlike = [row for row in images if row[-1]]

@@ -32,10 +32,10 @@ def fast_form(model: nn.Module, precision: str) -> nn.Module:
     int8 cannot run."""
     if precision == "fp32":
         return model
-    make = optimize if isinstance(model, EfficientAD) else type(model).optimize
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
-        fast = make(model, precision)
+        ours = isinstance(model, EfficientAD)
+        fast = optimize(model, precision) if ours else model.optimize(precision)
     for note in notes:
         print(f"note: {note.message}", file=sys.stderr)
     return fast
@@ -140,7 +140,8 @@ def score_folder(
             about = {"name": name, "score": score if math.isfinite(score) else None, "p_value": p}
             about |= {"verdict": decision, "unlike": ", ".join(odd)}
             overlay = overlays / overlay_name(name)
-            pending.append(pool.submit(draw, about, overlay, image, (maps, scores), scale))
+            arguments = (about, overlay, image, (maps, scores), scale)
+            pending.append(pool.submit(draw_overlay, *arguments))
             if len(pending) > 2:
                 entries = report.worst([*entries, pending.pop(0).result()])
         entries = report.worst([*entries, *(drawing.result() for drawing in pending)])
@@ -153,9 +154,9 @@ def score_folder(
         if not hidden and file.suffix.lower() not in data.SUFFIXES:
             skipped.append([file, "a file of another kind"])
     header = ["image", *report.scores_header(scores), "p_value", "verdict", "anomalous"]
-    content = {"model": report.label(model.config), "category": folder.name, "images": entries}
-    content |= {"origin": f"threshold {threshold:.4f}: {meaning}"}
-    content |= dict(zip(("floor", "threshold"), scale))
+    content = {"model": report.label(model.config), "category": folder.resolve().name}
+    content |= {"origin": f"threshold {threshold:.4f}: {meaning}", "images": entries}
+    content |= {"floor": scale[0], "threshold": threshold}
     report.write_scores(place, [[*header, "unlike_training"], *rows], skipped, content)
     if not known_looks:
         print("how its training images looked is not in the model: unusual images are not marked")
@@ -172,8 +173,8 @@ def overlay_name(name: str) -> Path:
     return path.with_name(f"{path.name[:40]}-{fingerprint([path]):08x}.png") if too_long else path
 
 
-def draw(entry: dict, path: Path, image: Image.Image, found: tuple, scale: tuple) -> dict:
-    """Write an image's overlay from its maps and scores; what is known of it, with its pictures for
+def draw_overlay(entry: dict, path: Path, image: Image.Image, found: tuple, scale: tuple) -> dict:
+    """Write an image's overlay from its maps and scores. Returns the entry with its pictures for
     the report."""
     write(path, report.overlay(image, None, *found, scale))
     return entry | report.report_entry(image, None, found[0], scale)

@@ -241,8 +241,8 @@ def process_start() -> float:
 def steps_until(
     end: float, take_step: Callable[[int], dict], model: EfficientAD, validation: Sequence
 ) -> int:
-    """How many steps fit in if calibration shall be over at the time `end`: at least one. It takes
-    some steps to measure them."""
+    """How many steps fit in if calibration shall be over at the time `end`: at least one. Takes
+    some steps to time them."""
     image, device = torch.as_tensor(validation[0])[None], model.threshold.device
     moments, share = [], 0.02 * (end - time.time())
     while len(moments) < 15 or moments[-1] - moments[4] < share:

@@ -103,6 +103,7 @@ def test_folders_that_cannot_be_used(tmp_path, run_script, run):
         (("--images", "run/model.pt"), ("model.pt", "is a file, not a folder")),
         (("--images", "a", "--accept", "a"), ("--images and --accept: give one",)),
         (("--accept", "nowhere"), ("nowhere", "no such folder")),
+        (("--yes",), ("--yes goes with --accept",)),
         (("--accept", "a", "--out", "o"), ("--out goes without --accept",)),
     ):
         assert_refused(run_script("evaluate.py", "--run", run, *CPU, *command), *words)
@@ -176,6 +177,7 @@ def test_data_sets_that_cannot_be_trained_on(tmp_path, run_script, teacher):
         (("--image-size", 128, 192, 256), "--image-size takes H W or one number, got 3"),
         (("--steps", "0"), "--steps >= 1"),
         (("--device", "abacus"), "--device abacus: torch cannot use it"),
+        (("--device", "meta"), "--device meta: torch cannot use it"),
         (("--device", "hpu"), "--device hpu: torch cannot use it"),  # a module that is missing
         (("--a", "0.9", "--b", "0.8"), "--a < --b"),
         (("--lr", "inf"), "--lr > 0"),

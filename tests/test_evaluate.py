@@ -87,7 +87,9 @@ def test_everything_that_an_evaluation_writes(own, tiny_demo, model, run_script)
 
     assert len(pictures(own / "overlays")) == 9
     assert Image.open(own / "overlays/logical_anomalies/002.png").size == (5 * 260 - 4, 274)
-    assert "http" not in (ROOT / "support/report.html").read_text()  # the page fetches nothing
+    assert "http" not in (ROOT / "support/report.html").read_text(
+        encoding="utf-8"
+    )  # the page fetches nothing
     images = content_of(own / "report.html")["images"]
     assert len(images) == 9 and sum("outline" in image for image in images) == 6
     assert list(images[0]["maps"]) == ["combined", "local", "global"]

@@ -66,8 +66,8 @@ def test_recipe_paper(command, run_script, tmp_path):
 
 @pytest.mark.parametrize("recipe, steps", [("short", 3), ("paper", 1)])
 def test_minutes_choose_the_steps(recipe, steps, command, run_script, tmp_path, monkeypatch):
-    """The same number of steps gives the same model, also if it is smaller than that of the images,
-    of which T(I) is not kept then."""
+    """The same number of steps gives the same model. Recipe paper's case has fewer steps than
+    images: T(I) is not kept."""
     monkeypatch.setattr("support.training.steps_until", lambda *_: steps)
     command = (*command[:-2], "--precision", "bf16", "--recipe", recipe, "--out")
     status, _, err = run_script(*command, "o", "--minutes", 0.2)

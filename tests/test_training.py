@@ -114,10 +114,10 @@ def test_step_over_buffers_is_the_plain_step(demo_images, trained):
 
 
 def test_teacher_outputs_are_kept_if_there_is_room(demo_images, trained, monkeypatch):
-    """Recipe paper's losses with and without; fp32, where keeping rounds nothing."""
+    """Recipe paper's losses with and without; fp32, where keeping rounds nothing. The step's seed
+    makes dropout the same."""
     options = train.Options(device="cpu", steps=9, precision="fp32", recipe="paper")
     model, losses = trained(0), []
-    model.eval()  # no dropout
     for room in (1 << 30, 0):
         monkeypatch.setattr(support.training, "KEPT_BYTES", room)
         data = {"images": demo_images[:5], "photos": None}
@@ -210,7 +210,7 @@ def test_optimizers_learn_all_but_the_shared_stem():
 
 def test_steps_until(monkeypatch):
     """As many as fit into the time that is left after measuring and before calibration. A step
-    takes a second, a pass of the model, of which calibration takes three an image, two."""
+    takes one second. A pass of the model takes two; calibration makes three passes an image."""
     model, image, now = EfficientAD(image_size=(128, 128)), np.zeros((3, 128, 128), np.uint8), [0]
     monkeypatch.setattr(time, "time", lambda: now[0])
 
@@ -218,11 +218,13 @@ def test_steps_until(monkeypatch):
         now[0] += seconds
         return result
 
+    def take_step(_: int) -> dict:
+        return take(1, {"hard": torch.zeros(())})
+
     model.raw_maps = lambda _: take(2, (torch.zeros(1),))
     for end, images, steps in ((500, 1, 500 - 6 - 19), (500, 9, 500 - 54 - 19), (0, 1, 1)):
         now[0] = 0  # 19 seconds: 15 steps, and two passes of the model
-        take_step = partial(take, result={"hard": torch.zeros(())})
-        assert steps_until(end, lambda _: take_step(1), model, [image] * images) == steps
+        assert steps_until(end, take_step, model, [image] * images) == steps
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
