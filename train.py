@@ -132,7 +132,7 @@ def make_step(model: EfficientAD, optimizers: list, options: Options, data: dict
         batch = {name: next(batches) for name, batches in streams.items()}
         if "known" in batch:  # recipe short: a step more for the autoencoder
             compute_known({name: batch.pop(name) for name in ("known", "known_teacher")})
-        return compute({**batch, "draws": training.draw(n)})
+        return compute({**batch, "draws": training.draw(n, 0.5 * model.shared_stem)})
 
     return take_step
 

@@ -99,11 +99,14 @@ def luma(images: Tensor) -> Tensor:
     return 0.299 * r + 0.587 * g + 0.114 * b
 
 
-def draw(n: int) -> Tensor:
+def draw(n: int, unchanged: float = 0.0) -> Tensor:
     """The random choices of a step for n images, float32 3×N×1×1×1, from torch's CPU generator:
-    whether photo P is gray; factor, uniform in [0.8, 1.2], and kind of the augmentation."""
+    whether photo P is gray; factor, uniform in [0.8, 1.2] or, in a share `unchanged` of the images,
+    1, and kind of the augmentation."""
     gray = torch.rand(n, 1, 1, 1) < 0.3
     factor = torch.empty(n, 1, 1, 1).uniform_(0.8, 1.2)
+    if unchanged:
+        factor = torch.where(torch.rand(n, 1, 1, 1) < unchanged, 1.0, factor)
     return torch.stack([gray.float(), factor, torch.randint(3, (n, 1, 1, 1)).float()])
 
 

@@ -74,6 +74,8 @@ def test_what_is_drawn():
     assert set(gray.tolist()) == {0, 1} and 0.27 < gray.mean() < 0.33
     assert 0.8 <= factor.min() < 0.81 and 1.19 < factor.max() <= 1.2
     assert abs(factor.mean() - 1) < 0.01
+    plain = draw(3000, unchanged=0.5)[1] == 1  # recipe short
+    assert 0.46 < plain.float().mean() < 0.54 and not (factor == 1).any()
     assert kind.unique(return_counts=True)[1].min() > 900 and set(kind.tolist()) == {0, 1, 2}
     photos = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     turned = turn_gray(photos, torch.tensor([1.0, 0.0]).view(2, 1, 1, 1))
