@@ -41,7 +41,9 @@ def in_half(model: nn.Module) -> nn.Module:
     for network in model.children():
         layers = [m for m in network.to(dtype).modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
         for part in (network, *layers[:1]):  # a shared stem is called by itself
-            part.register_forward_pre_hook(lambda _, xs: tuple(x.to(dtype) for x in xs))
+            part.register_forward_pre_hook(
+                lambda _, xs: tuple(x if x is None else x.to(dtype) for x in xs)
+            )
     return model
 
 
