@@ -46,7 +46,9 @@ class Options:
     images: str | None = option(None, "score the images in DIR instead", metavar="DIR")
     out: str | None = option(None, "folder of the results; default the run's", metavar="DIR")
     tiff: bool = option(False, "also write anomaly maps of the images' size, float32")
-    skip_bad_images: bool = option(False, "leave out and list unreadable files of a folder")
+    skip_bad_images: bool = option(
+        False, "leave out and list unreadable files of --images or --accept"
+    )
     precision: str = option(
         "auto", "for --images; test images are always in fp32", choices=PRECISIONS
     )
