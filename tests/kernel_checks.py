@@ -200,9 +200,9 @@ def kinds(n):
 def test_quantile(n):
     for kind, x in kinds(n):
         x = x.to(DEVICE)
-        ordered, values = x.sort().values, kernels.quantile(x, QS)
-        for q, value in zip(QS, values):
-            position = q * (n - 1)
+        ordered = x.sort().values
+        for q in QS:
+            position, value = q * (n - 1), kernels.quantile(x, q)
             low = math.floor(position)
             if position == low:
                 assert value == ordered[low], (kind, q)  # exactly
@@ -216,13 +216,13 @@ def test_quantile(n):
 
 def test_quantile_strides_and_nan():
     x = noise(2, 3, 4, 5)
-    expected = kernels.quantile(x, [0.3, 0.9])
-    assert expected.shape == (2,) and kernels.quantile(x, 0.3).shape == ()
+    expected = kernels.quantile(x, 0.3)
+    assert expected.shape == ()
     for y in (x.to(memory_format=torch.channels_last), x.mT, torch.cat([x, 9 * x], 1)[:, :3]):
-        assert torch.equal(kernels.quantile(y, [0.3, 0.9]), expected)
+        assert torch.equal(kernels.quantile(y, 0.3), expected)
     for nan in (math.nan, -math.nan):
         x = torch.tensor([1.0, nan, math.inf], device=DEVICE)
-        assert kernels.quantile(x, [0, 1]).isnan().all()
+        assert kernels.quantile(x, 0).isnan() and kernels.quantile(x, 1).isnan()
 
 
 # ----------------------------------------------------------------------------- hard feature loss
@@ -260,7 +260,7 @@ ARGUMENTS = {  # shapes of the tensors, other arguments
     "conv_rows_pool": ([(1, 64, 4, 6), (128, 64, 3, 3), (128,)], [0]),
     "distance_map": ([SHAPE, SHAPE], []),
     "combined_map": ([SHAPE, (2, 6, 6, 5), SHAPE, (2, 2)], []),
-    "quantile": ([SHAPE], [[0.1, 0.9]]),
+    "quantile": ([SHAPE], [0.9]),
     "hard_feature_loss": ([SHAPE, SHAPE], [0.9]),
     "hard_feature_loss_backward": ([(), SHAPE, SHAPE, ()], []),
 }
@@ -291,21 +291,6 @@ def test_operators(name, layout, monkeypatch):
     monkeypatch.setattr(MODULES["kernels.runtime"], "runs_on", lambda *tensors: False)
     tolerance = {"rtol": 2e-3, "atol": 2e-3} if "rows" in name else {}  # the order of sums in fp16
     torch.testing.assert_close(operator(*args), result, **tolerance)
-
-
-@pytest.mark.parametrize("name", list(ARGUMENTS)[:-1])
-def test_compile_and_export(name):
-    args, function = arguments(name), getattr(kernels, name)
-    result = function(*args)
-    assert torch.equal(torch.compile(function, fullgraph=True, backend="aot_eager")(*args), result)
-
-    class Module(torch.nn.Module):
-        def forward(self, *args):
-            return function(*args)
-
-    program = torch.export.export(Module(), args)
-    assert f"efficientad.{name}" in str(program.graph)
-    assert torch.equal(program.module()(*args), result)
 
 
 def test_rule(monkeypatch):
@@ -386,21 +371,3 @@ def test_pdn_with_and_without_kernels(size, padding, dtype, monkeypatch):
     errors = [rms_error(y, expected) for y in outputs]
     # Without kernels the map before pooling is rounded too.
     assert max(errors[:2]) < 1.1 * errors[2] < 5 * BOUNDS[dtype]
-
-
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
-def test_cuda_graph():
-    """Quantile and loss in a CUDA graph: nothing waits for the host, and replays see new data."""
-    teacher, student = noise(1, 384, 56, 56), noise(1, 384, 56, 56)
-
-    def results():
-        return kernels.quantile(student, [0.9, 0.995]), kernels.hard_feature_loss(teacher, student)
-
-    results()  # compiles
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = results()
-    for _ in range(2):
-        student.copy_(noise(1, 384, 56, 56) * 3)
-        graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(captured, results()))

@@ -88,8 +88,7 @@ def launch_everything(dtypes: tuple, batches: tuple[int, ...]) -> None:
             for normalized in (teacher, teacher.float()):  # its statistics are float32
                 kernels.distance_map(normalized, student[:, :384])
                 kernels.combined_map(normalized, student, autoencoder, torch.empty(2, 2))
-    for q in (0.999, [0.9, 0.995]):
-        kernels.quantile(torch.empty(384 * 56 * 56), q)
+    kernels.quantile(torch.empty(384 * 56 * 56), 0.999)
     for dtype in dtypes:
         student = torch.empty(1, 384, 56, 56, dtype=dtype, requires_grad=True)
         kernels.hard_feature_loss(torch.empty(1, 384, 56, 56), student).backward()
@@ -202,8 +201,7 @@ WRONG = [
     ("combined_map", (X, X2, X2, Q), ValueError, "autoencoder"),
     ("combined_map", (X, X2, X, B), ValueError, "quantiles 2×2"),
     ("quantile", (X.half(), 0.5), TypeError, "float32"),
-    ("quantile", (X, [0.5, 1.1]), ValueError, "0 <= q <= 1"),
-    ("quantile", (X, []), ValueError, "0 <= q <= 1"),
+    ("quantile", (X, 1.1), ValueError, "0 <= q <= 1"),
     ("quantile", (X[:0], 0.5), ValueError, "of 0 elements"),
     ("hard_feature_loss", (X, X.int()), TypeError, "student must be"),
     ("hard_feature_loss", (X, X[:, :1]), ValueError, "one shape"),
