@@ -153,7 +153,8 @@ def quantile(x: Tensor, q: float) -> Tensor:
     position = q * (n - 1)
     low, high = math.floor(position), math.ceil(position)  # the neighbours' places in order
     if n - low <= n // 64:  # few are larger
-        value, above = x.topk(n - low).values[[-1, low - high - 1]]
+        top = x.topk(n - low).values  # indexed one by one: nothing waits for a GPU
+        value, above = top[-1], top[low - high - 1]
     else:
         value, above = x.kthvalue(low + 1).values, x.kthvalue(high + 1).values
     value = torch.lerp(value, above, position - low) if high > low else value

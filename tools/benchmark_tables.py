@@ -14,7 +14,7 @@ def text(value: object, digits: int = 3) -> str:
     if not isinstance(value, float):
         return "–" if value is None else str(value)
     rounded = float(f"{value:.{digits}g}")
-    decimals = digits - 1 - math.floor(math.log10(rounded)) if value > 0 else 0
+    decimals = digits - 1 - math.floor(math.log10(rounded)) if 0 < value < math.inf else 0
     return f"{value:,.{max(0, decimals)}f}"
 
 
