@@ -24,7 +24,7 @@ from efficientad import EfficientAD, ModelError, check_image_size
 from support import training
 from support.calibration import calibrate
 from support.checkpoints import is_url, load_teacher
-from support.data import is_demo, load_normal_images
+from support.data import load_normal_images
 from support.optimizers import cosine, kernels_of, make_optimizers, set_rate
 from support.options import OptionError, RunOptions, option, parse_options, refuse_several_runs
 from support.runs import Run, check_free, run_command
@@ -60,7 +60,7 @@ class Options(RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.image_size = self.image_size or ([128, 128] if is_demo(self.data) else [256, 256])
+        self.image_size = self.image_size or ([128, 128] if self.data == "demo" else [256, 256])
         try:
             check_image_size(tuple(self.image_size))
         except ValueError as error:

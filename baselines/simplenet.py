@@ -31,8 +31,8 @@ from support.backbone import (
     load_weights,
     make_trunk,
 )
-from support.checkpoints import all_finite, is_url, load_model, write_checkpoint
-from support.data import is_demo, load_normal_images
+from support.checkpoints import all_finite, is_url
+from support.data import load_normal_images
 from support.fast import DTYPES, choose_precision
 from support.graphs import BatchGraphs
 from support.optimizers import make_adam
@@ -64,6 +64,7 @@ class SimpleNet(nn.Module):
 
     format = "simplenet"  # of a checkpoint
     normalize, check_shape = EfficientAD.normalize, EfficientAD.check_shape  # the same for both
+    save, load = EfficientAD.save, classmethod(EfficientAD.load.__func__)
 
     def __init__(
         self,
@@ -219,15 +220,6 @@ class SimpleNet(nn.Module):
                 checkpoint["state"][name] = tensor.half()
         return checkpoint
 
-    def save(self, path: str) -> None:
-        """Write one file with all that scoring needs; torch.load(weights_only=True) reads it."""
-        write_checkpoint(self.checkpoint(), path)
-
-    @classmethod
-    def load(cls, path: str) -> "SimpleNet":
-        """Read what `save` wrote, on the CPU, in eval mode. Raises as `load_model`."""
-        return load_model(path, cls)
-
 
 class CachedFeatures:
     """The patch features of images (uint8 arrays 3×H×W by index) by index, float16 h×w×1536 on the
@@ -277,7 +269,7 @@ class Options(RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.image_size = self.image_size or ([128, 128] if is_demo(self.data) else [329, 329])
+        self.image_size = self.image_size or ([128, 128] if self.data == "demo" else [329, 329])
         if self.resume:  # checked when the run began
             return
         if self.steps is None and self.epochs is None:

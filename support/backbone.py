@@ -135,8 +135,9 @@ class EfficientNetLite(nn.Module):
     last outputs of strides 4 and 8; layer 3 joins the last outputs of both stages of stride 16.
 
     Strided convolutions pad evenly, as a ResNet's do: position i of a grid of stride s lies at
-    pixel s·i, where a PDN's patch is centred. `published_padding`: as the published network pads;
-    at even sizes that moves the grid of stride 8 by 7 pixels, and distillation suffers."""
+    pixel s·i, where a PDN's patch is centred. The published network pads one more
+    zero below and on the right: that moves the grid of stride 8 by 7 pixels, and distillation
+    suffers."""
 
     # layer, blocks at depth 1, kernel, stride of the first one, expansion, channels at width 1
     STAGES = (
@@ -147,7 +148,7 @@ class EfficientNetLite(nn.Module):
         (3, 3, 5, 1, 6, 112),
     )
 
-    def __init__(self, architecture: str, published_padding: bool = False):
+    def __init__(self, architecture: str):
         super().__init__()
         widening, deepening = EFFICIENTNETS[architecture]
         self.architecture, self.channels, self.ends, c_in, blocks = architecture, {}, {}, 32, []
@@ -166,10 +167,6 @@ class EfficientNetLite(nn.Module):
         self.unused = (*later, "_conv_head.", "_bn1.", "_fc.")  # in the published files
         for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
-        for module in self.modules() if published_padding else ():
-            if isinstance(module, nn.Conv2d) and module.stride == (2, 2):
-                module.padding = (0, 0)
-                module.register_forward_pre_hook(pad_as_published)
 
     def forward(self, x: Tensor, layers: Sequence[int] = (2, 3)) -> list[Tensor]:
         x, outputs = (255 * (x * self.std + self.mean) - 127) / 128, {i: [] for i in layers}
@@ -179,16 +176,6 @@ class EfficientNetLite(nn.Module):
             if self.ends.get(i) in outputs:
                 outputs[self.ends[i]].append(x)
         return [torch.cat(found, 1) for found in outputs.values()]
-
-
-def pad_as_published(module: nn.Conv2d, arguments: tuple[Tensor]) -> Tensor:
-    """What TensorFlow's "same" padding adds before a convolution of stride 2: at even sizes one
-    more zero below and on the right than above and on the left."""
-    (x,), pads = arguments, []
-    for kernel, length in zip(module.kernel_size[::-1], x.shape[:1:-1]):
-        total = kernel - 2 if length % 2 == 0 else kernel - 1
-        pads += [total // 2, total - total // 2]
-    return F.pad(x, pads)
 
 
 def make_trunk(architecture: str) -> ResNet | EfficientNetLite:

@@ -21,7 +21,7 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 def write_checkpoint(checkpoint: dict, path: str | Path) -> None:
     """torch.save under a temporary name in the same folder, then rename: a reader never sees half a
     file, and what `path` held stays whole if this fails. Raises ModelError if it fails."""
-    temporary, content = f"{path}.tmp{os.getpid()}", io.BytesIO()
+    temporary, content = f"{path}.unfinished{os.getpid()}", io.BytesIO()
     torch.save(checkpoint, content)  # in memory: torch reports a full disk as a bug of its own
     try:
         with open(temporary, "wb") as file:

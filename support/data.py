@@ -264,18 +264,13 @@ def any_known(paths: list[Path], fingerprints: list[int]) -> bool:
     return not fingerprints or any(appearance_of(x).fingerprint in fingerprints for x in images)
 
 
-def is_demo(data: str | Path) -> bool:
-    """Only the word "demo" means the built-in set; "./demo", "demo/" and Path("demo") do not."""
-    return data == "demo"
-
-
 def open_category(data: str | Path) -> Category:
     """Recognize a data set by its layout: MVTec AD (train/good, test/…, ground_truth/…), MVTec LOCO
     (defects_config.json too), VisA (as downloaded, or in MVTec layout), or a folder of normal
     images. "demo" is the built-in set, drawn into datasets/demo when it is not there. Raises
     DataError for anything else."""
-    root = Path("datasets/demo" if is_demo(data) else data)
-    if is_demo(data) and not root.exists():
+    root = Path("datasets/demo" if data == "demo" else data)
+    if data == "demo" and not root.exists():
         try:
             make_demo(root)
         except OSError:  # another process has drawn it meanwhile
@@ -312,7 +307,7 @@ def list_categories(data: str | Path) -> list[Path]:
     def is_category(folder: Path) -> bool:
         return (folder / "train").is_dir() or (folder / "Data/Images/Normal").is_dir()
 
-    if is_demo(data) or not Path(data).is_dir() or is_category(Path(data)):
+    if data == "demo" or not Path(data).is_dir() or is_category(Path(data)):
         return []
     return sorted(d for d in Path(data).iterdir() if d.name[0] != "." and is_category(d))
 

@@ -15,7 +15,6 @@ from support import fast_gpu, int8, tiling
 from support.graphs import BatchGraphs, beside, cudnn_tunes, side_stream
 from support.tiling import TiledEfficientAD
 
-FOR_INFERENCE = "the fast form is for inference: train, calibrate and save its model"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAPS = "combined", "local", "global"
 PRECISIONS = ["auto", *DTYPES, "int8"]
@@ -37,15 +36,17 @@ def choose_precision(precision: str, device: torch.device) -> str:
     instructions for it, else fp32. fp16 is as fast as bf16 on a GPU and rounds eight times finer;
     nothing in the networks comes near its limit of 65,504. Raises ValueError for another one."""
     if precision == "auto":
-        on_cpu = "bf16" if cpu_has_bf16(device) else "fp32"
+        on_cpu = "bf16" if has_bf16(device) else "fp32"
         return "fp16" if device.type == "cuda" else on_cpu
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     return precision
 
 
-def cpu_has_bf16(device: torch.device) -> bool:
-    """Whether this is a CPU with bf16 instructions; those with AMX have AVX512-BF16 too."""
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bf16 by itself; CPUs with AMX have AVX512-BF16 too."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
@@ -69,7 +70,7 @@ class FastEfficientAD(TiledEfficientAD):
         device = model.threshold.device
         self.precision = choose_precision(precision, device)
         small = self.precision == "int8"
-        half = "bf16" if cpu_has_bf16(device) else "fp32"  # of what is not in int8
+        half = "bf16" if has_bf16(device) else "fp32"  # of what is not in int8
         self.dtype = DTYPES.get(self.precision, DTYPES[half])
         self.training_info = model.training_info
         self.load_state_dict(model.state_dict())
@@ -206,14 +207,10 @@ class FastEfficientAD(TiledEfficientAD):
         results = self.predictions(images)
         return dict(zip(MAPS, results[:3])), dict(zip(MAPS, results[3:]))
 
-    def losses(self, *_) -> None:
-        raise TypeError(FOR_INFERENCE)
+    def refuse(self, *_) -> None:
+        raise TypeError("the fast form is for inference: train, calibrate and save its model")
 
-    def calibrate(self, *_) -> None:
-        raise TypeError(FOR_INFERENCE)
-
-    def checkpoint(self) -> None:
-        raise TypeError(FOR_INFERENCE)
+    losses = calibrate = checkpoint = refuse
 
 
 class ConvReLU(nn.Module):

@@ -320,8 +320,5 @@ def area_under_curve(fpr: np.ndarray, pro: np.ndarray, limit: float) -> float:
     if not 0 < limit <= 1:
         raise ValueError(f"the integration limit must be within (0, 1], got {limit}")
     end = np.searchsorted(fpr, limit, "right")
-    x, y = fpr[:end], pro[:end]
-    if x[-1] < limit:
-        share = (limit - x[-1]) / (fpr[end] - x[-1])
-        x, y = np.append(x, limit), np.append(y, y[-1] + share * (pro[end] - y[-1]))
+    x, y = np.append(fpr[:end], limit), np.append(pro[:end], np.interp(limit, fpr, pro))
     return float(np.trapezoid(y, x) / limit)

@@ -15,7 +15,7 @@ import torch
 from efficientad import ModelError
 from support.checkpoints import read_checkpoint
 from support.data import DataError, list_categories
-from support.fast import cpu_has_bf16
+from support.fast import has_bf16
 
 
 class OptionError(ValueError):
@@ -170,10 +170,3 @@ def pick_device(name: str | None = None) -> torch.device:
         reason = "torch cannot use it on this machine; try --device cpu"
         raise ModelError(f"--device {name}: {reason}") from None
     return device
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device computes in bf16 by itself."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return cpu_has_bf16(device)

@@ -8,23 +8,12 @@ from torch import nn
 
 from efficientad import EfficientAD
 from support import data
-from support.appearance import appearance_range, differences
+from support.appearance import appearance_range
 from support.calibration import calibrate
 from support.checkpoints import write_checkpoint
-from support.metrics import p_value
 from support.runs import threshold_meaning, write
-from support.scoring import predict, verdict
+from support.scoring import judge, predict
 from support.training import one_by_one
-
-
-def verdicts(model: nn.Module, images: data.Images, scores: list[float]) -> list[str]:
-    """The verdict of each image, as `score_folder` gives it, up to rounding."""
-    info, found = model.training_info, []
-    known, looks = info.get("scores", []), info.get("appearance")
-    for i, score in enumerate(scores):
-        odd = differences(images.appearances[i], looks) if looks else []
-        found.append(verdict(score, model.threshold.item(), p_value(score, known), odd))
-    return found
 
 
 def recalibrate(run: Path, model: nn.Module, folder: Path, confirmed: bool, skip_bad: bool) -> None:
@@ -47,8 +36,8 @@ def recalibrate(run: Path, model: nn.Module, folder: Path, confirmed: bool, skip
             raise data.DataError(f"{path}: {remedy}")
     batches = one_by_one(images, model.threshold.device, "scoring")
     scores = [next(iter(predict(model, x)[1].values())) for x in batches]
-    before = verdicts(model, images, scores)
     threshold, known = model.threshold.item(), info.get("scores", [])
+    before = [judge(info, threshold, s, look)[2] for s, look in zip(scores, looks)]
     if known and not confirmed:
         limit = 2 * threshold - statistics.median(known)
         odd = [f"{path} ({s:.3f})" for path, s in zip(images.paths, scores) if not s <= limit]
@@ -71,11 +60,12 @@ def recalibrate(run: Path, model: nn.Module, folder: Path, confirmed: bool, skip
     info |= {"validation_images": len(images), "accepted": str(folder.resolve())}
     info["appearance"] = appearance_range(looks) | kept
     write_checkpoint(model.cpu().checkpoint(), run / "model.pt")
-    after, changed = verdicts(model, images, scores), 0
-    for path, old, new in zip(images.paths, before, after):
+    threshold, changed = model.threshold.item(), 0
+    for path, old, score, look in zip(images.paths, before, scores, looks):
+        new = judge(info, threshold, score, look)[2]
         if old != new:
             changed += 1
             print(f"{path.relative_to(folder)}: {old} -> {new}")
     print(f"{changed} of {len(images)} verdicts change")
-    print(f"threshold {model.threshold:.4f}: {threshold_meaning(len(images))}")
+    print(f"threshold {threshold:.4f}: {threshold_meaning(len(images))}")
     print(f"wrote {run / 'model.pt'}; the former one is model-{number}.pt")

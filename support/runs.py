@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from efficientad import ModelError
 from support.checkpoints import all_finite, is_url, read_checkpoint, write_checkpoint
-from support.data import DataError, NormalImages, is_demo
+from support.data import DataError, NormalImages
 from support.metrics import false_alarms
 from support.options import RunOptions
 
@@ -32,7 +32,7 @@ except ImportError:  # Windows
     fcntl = None
 
 PATH_OPTIONS = ("data", "teacher", "pretraining_images", "backbone_weights")
-TEMPORARY = re.compile(r"\.tmp\d+$")  # names of files that are being written
+TEMPORARY = re.compile(r"\.unfinished\d+$")  # names of files that are being written
 
 
 def run_command(main: Callable[[], object], name: str) -> None:
@@ -77,7 +77,7 @@ def lock(path: Path) -> BinaryIO:
 def remove_leftovers(folder: Path, pattern: str = "**/*") -> None:
     """Remove what killed processes were writing, of files whose names match. Only for whoever holds
     their lock."""
-    for path in folder.glob(f"{pattern}.tmp*"):
+    for path in folder.glob(f"{pattern}.unfinished*"):
         if TEMPORARY.search(path.name):
             path.unlink(missing_ok=True)
 
@@ -93,7 +93,7 @@ def write(path: Path, content: str | bytes | Image.Image) -> None:
         content = content.encode(errors="backslashreplace")  # file names need not be UTF-8
     path.parent.mkdir(parents=True, exist_ok=True)
     short = path.name if len(os.fsencode(path.name)) < 200 else fingerprint([path])
-    temporary = path.with_name(f"{short}.tmp{os.getpid()}")
+    temporary = path.with_name(f"{short}.unfinished{os.getpid()}")
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
@@ -201,7 +201,7 @@ def check_free(options: RunOptions) -> None:
 
 def absolute(option: str, value: object) -> object:
     """An option's value as it is saved: from any folder it means the same file."""
-    if option not in PATH_OPTIONS or value in (None, "none") or is_demo(value) or is_url(value):
+    if option not in PATH_OPTIONS or value in (None, "none", "demo") or is_url(value):
         return value
     return os.path.abspath(value)
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from efficientad import EfficientAD, ModelError
 from support import data, report
-from support.appearance import appearance_of, differences, drift
+from support.appearance import Appearance, appearance_of, differences, drift
 from support.fast import optimize
 from support.metrics import p_value, threshold_for
 from support.runs import fingerprint, threshold_meaning, write
@@ -82,12 +82,15 @@ def read_ahead(paths: list[Path], size: tuple[int, int]) -> Iterator[tuple]:
     return in_threads(attempt, range(len(paths)), threads=1)
 
 
-def verdict(score: float, threshold: float, p: float | None, odd: list[str]) -> str:
-    """What to do with an image: "reject" above the threshold (or NaN), "check" what is unlike the
-    training images or has a p-value up to 0.1, else "ok"."""
+def judge(info: dict, threshold: float, score: float, look: Appearance) -> tuple:
+    """(p-value or None, how the image differs from the training images, what to do with it):
+    "reject" above the threshold (or NaN), "check" what is unlike the training images or has a
+    p-value up to 0.1, else "ok". `info`: the model's training_info."""
+    known, looks = info.get("scores"), info.get("appearance")
+    p, odd = p_value(score, known) if known else None, differences(look, looks) if looks else []
     if not score <= threshold:
-        return "reject"
-    return "check" if odd or (p is not None and p <= 0.1) else "ok"
+        return p, odd, "reject"
+    return p, odd, "check" if odd or (p is not None and p <= 0.1) else "ok"
 
 
 def threshold_at(model: nn.Module, rate: float | None) -> tuple[float, str]:
@@ -113,13 +116,13 @@ def score_folder(
     have a thread each, and a few images are in memory at a time. `rate`: see `threshold_at`. Raises
     DataError for an image that cannot be read; with `skip_bad` it is left out and listed."""
     info, (threshold, meaning) = model.training_info, threshold_at(model, rate)
-    known, scale = info.get("scores", []), (float(model.floor), threshold)
+    scale, known_looks = (float(model.floor), threshold), info.get("appearance")
     paths, rows, skipped, began = data.list_images(folder, recursive=True), [], [], time.time()
-    looks, known_looks, entries = [], info.get("appearance"), []
+    looks, entries = [], []
     with report.new_folder(place / "overlays") as overlays, ThreadPoolExecutor(1) as pool:
         decoded, pending = read_ahead(paths, model.image_size), []
         for path, found in zip(tqdm(paths, "scoring", unit="image"), decoded):
-            name, odd = str(path.relative_to(folder)), []
+            name = str(path.relative_to(folder))
             if isinstance(found, data.DataError):
                 if not skip_bad:
                     remedy = "or leave such files out with --skip-bad-images"
@@ -129,12 +132,9 @@ def score_folder(
                 continue
             image, images = found
             maps, scores = predict(model, images)
-            if known_looks:
-                looks.append(appearance_of(image))
-                odd = differences(looks[-1], known_looks)
             score = next(iter(scores.values()))
-            p = p_value(score, known) if known else None
-            decision = verdict(score, threshold, p, odd)
+            looks.append(appearance_of(image))
+            p, odd, decision = judge(info, threshold, score, looks[-1])
             anomalous = int(decision == "reject")
             rows.append([name, *scores.values(), p, decision, anomalous, ", ".join(odd)])
             about = {"name": name, "score": score if math.isfinite(score) else None, "p_value": p}

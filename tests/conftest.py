@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -80,6 +81,16 @@ def assert_refused(result: tuple[int, str, str], *words: object) -> None:
     assert re.match(r"(train|evaluate)\.py: |(tools|baselines)\.\w+: ", line), err
 
 
+def random_norms(network: nn.Module) -> nn.Module:
+    """The network in eval mode, as if its batch norms had seen something: folding them has an
+    effect."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.normal_(module.running_mean, 0, 0.2)
+    return network.eval()
+
+
 @pytest.fixture(scope="module")
 def model():
     """Calibrated on noise; says that its training images looked like PHOTO."""
@@ -118,11 +129,6 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip(f"reference data {path} is not here")
     return path
-
-
-@pytest.fixture(scope="session")
-def teacher() -> str:
-    return str(ROOT / "weights/teacher_small.pt")
 
 
 @pytest.fixture(scope="session")
@@ -170,14 +176,14 @@ def demo_images(tiny_demo) -> torch.Tensor:
 
 
 @pytest.fixture
-def trained(demo_images, teacher):
+def trained(demo_images):
     """trained(steps, **config): a model trained for so many steps on demo_images, calibrated."""
 
     def make(steps: int, **config) -> TiledEfficientAD:
         torch.manual_seed(1)
         model = TiledEfficientAD(image_size=DEMO_SIZE, **config)
         if config.get("size", "small") == "small":
-            load_teacher(model.teacher, "small", teacher)
+            load_teacher(model.teacher, "small", ROOT / "weights/teacher_small.pt")
         model.fit_teacher_statistics([demo_images[:2]])
         learned = [*model.student.parameters(), *model.autoencoder.parameters()]
         device = demo_images.device

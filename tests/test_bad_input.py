@@ -19,8 +19,16 @@ from support.runs import fingerprint
 
 
 @pytest.fixture
-def bad_images(tmp_path) -> dict[str, str]:
-    """in/*: files of all kinds that cannot be used -> the reason that must be given."""
+def score(run, run_script):
+    """score("in", …) runs evaluate.py --images in."""
+
+    def function(folder, *options):
+        return run_script("evaluate.py", "--run", run, "--images", folder, *options, *CPU)
+
+    return function
+
+
+def test_images_that_cannot_be_used(run, score, tmp_path):
     whole = put(tmp_path / "whole.png").read_bytes()
     put(tmp_path / "in/truncated.png", whole[: len(whole) // 2])
     put(tmp_path / "in/truncated.jpg", put(tmp_path / "whole.jpg").read_bytes()[:900])
@@ -37,34 +45,21 @@ def bad_images(tmp_path) -> dict[str, str]:
     reasons |= {name: "holds 2 images" for name in ("animated.webp", "animated.png", "pages.tiff")}
     reasons |= {"float.tiff": "floating-point", "nowhere.png": "no such file"}
     reasons |= {"loop.png": "Too many levels of symbolic links"}
-    return reasons
 
-
-@pytest.fixture
-def score(run, run_script):
-    """score("in", …) runs evaluate.py --images in."""
-
-    def function(folder, *options):
-        return run_script("evaluate.py", "--run", run, "--images", folder, *options, *CPU)
-
-    return function
-
-
-def test_images_that_cannot_be_used(bad_images, run, score, tmp_path):
-    assert sorted(bad_images) == [p.name for p in list_images(tmp_path / "in")]
+    assert sorted(reasons) == [p.name for p in list_images(tmp_path / "in")]
     (tmp_path / "one").mkdir()
-    for name, reason in bad_images.items():
+    for name, reason in reasons.items():
         (tmp_path / "one" / name).symlink_to(tmp_path / "in" / name)
         assert_refused(score("one"), name, reason, "--skip-bad-images")
         (tmp_path / "one" / name).unlink()
 
     put(tmp_path / "in/sub/z.png")
     status, out, err = score("in", "--skip-bad-images")
-    assert status == 0 and f"{len(bad_images)} skipped" in out, err
-    assert err.count("skipped: ") == len(bad_images)
+    assert status == 0 and f"{len(reasons)} skipped" in out, err
+    assert err.count("skipped: ") == len(reasons)
     listed = {row["image"]: row["reason"] for row in rows_of(run / "images/skipped.csv")}
-    assert listed.keys() == bad_images.keys()
-    assert all(bad_images[name] in reason for name, reason in listed.items())
+    assert listed.keys() == reasons.keys()
+    assert all(reasons[name] in reason for name, reason in listed.items())
     scored = [row["image"] for row in rows_of(run / "images/scores.csv")]
     assert scored == [os.path.join("sub", "z.png")]
     shutil.rmtree(tmp_path / "in/sub")
@@ -144,7 +139,7 @@ def test_unreadable_permissions():
 # ---------------------------------------------------------------------------------------- data sets
 
 
-def test_data_sets_that_cannot_be_trained_on(tmp_path, run_script, teacher):
+def test_data_sets_that_cannot_be_trained_on(tmp_path, run_script):
     for i in range(4):
         put(tmp_path / f"above/mvtec/part/train/good/{i}.png")
         put(tmp_path / f"above/mvtec/other/train/good/{i}.png")
@@ -185,23 +180,23 @@ def test_data_sets_that_cannot_be_trained_on(tmp_path, run_script, teacher):
         (("--map-normalization", "gaussian", "--a", 0.5), "--a and --b belong to"),
         (("--resume", "used"), "with it go --device and, if the data moved, --data"),
     ):
-        command = ("train.py", *TINY, "--steps", 1, "--teacher", teacher, *options)
+        command = ("train.py", *TINY, "--steps", 1, *options)
         assert_refused(run_script(*command), *words)
     after = files(tmp_path)
     assert {p: c for p, c in after.items() if not p.endswith(".lock")} == before
     put(tmp_path / "runs", b"mine")
-    command = ("train.py", *TINY, "--data", part, "--steps", 1, "--teacher", teacher)
+    command = ("train.py", *TINY, "--data", part, "--steps", 1)
     assert_refused(run_script(*command), "Not a directory: 'runs/part-small'")
     assert_refused(run_script("evaluate.py", "--run", "file"), "file/model.pt: no such file")
 
 
-def test_bad_images_are_left_out_of_training(tmp_path, run_script, teacher):
+def test_bad_images_are_left_out_of_training(tmp_path, run_script):
     for i in range(4):
         put(tmp_path / f"part/train/good/{i}.png", b"junk" if i == 2 else PHOTO)
         put(tmp_path / f"photos/{i}.png", b"" if i else PHOTO)
     put(tmp_path / "part/validation/good/0.png")
     options = ("--steps", 2, *TINY, "--pretraining-images", "photos", "--skip-bad-images")
-    command = ("train.py", "--data", "part", *options, "--teacher", teacher, "--out", "o")
+    command = ("train.py", "--data", "part", *options, "--out", "o")
     status, _, err = run_script(*command)
     assert status == 0 and "skipped: part/train/good/2.png: not an image" in err, err
     assert "3 training and 1 validation" in err
@@ -273,7 +268,7 @@ class Exploit:
         return open, (self.path, "w")
 
 
-def test_checkpoints_that_cannot_be_used(model, run, run_script, tmp_path, teacher):
+def test_checkpoints_that_cannot_be_used(model, run, run_script, tmp_path):
     path = run / "model.pt"
     whole, state, victim = path.read_bytes(), model.state_dict(), tmp_path / "executed"
     good = model.checkpoint()

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, ROOT, assert_refused, put, rows_of
+from conftest import CPU, ROOT, assert_refused, rows_of
 
-from support.data import DataError
 from tools import benchmark, first_gpu
 from tools.benchmark_rows import FP32, ROWS, in_half, kernel_cases
 from tools.benchmark_tables import section
@@ -68,8 +67,7 @@ def test_kernels_section_on_a_cpu(monkeypatch):
 
 def test_first_gpu(tmp_path, monkeypatch, capsys):
     """Parts in order of worth; one that fails, or that ends its process, leaves the others, time
-    ends in the middle of one, and the figures find their places. Stand-ins for what a GPU
-    measures."""
+    ends in the middle of one. Stand-ins for what a GPU measures."""
 
     def inference(scope, device):
         if scope.models == ("EfficientAD-M",):
@@ -99,18 +97,6 @@ def test_first_gpu(tmp_path, monkeypatch, capsys):
     assert "| ours |" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match="exit status 2: .*no such"):
         first_gpu.command("evaluate.py", "--run", tmp_path / "gone")
-
-    for name in ("README.md", "docs/speed.md"):
-        put(tmp_path / name, (ROOT / name).read_bytes())
-    for _ in range(2):  # again, with the next figures
-        first_gpu.put_in_place(tmp_path / "gpu.json", tmp_path)
-        page = (tmp_path / "docs/speed.md").read_text(encoding="utf-8")
-        assert page.count("| quantile | 0.250 |") == 1 and "## Not measured" in page
-        readme = (tmp_path / "README.md").read_text(encoding="utf-8")
-        assert readme.count(f"Speed is measured on {results['device']}") == 1
-    put(tmp_path / "gpu.json", b"[]")
-    with pytest.raises(DataError, match="--readme takes a file"):
-        first_gpu.put_in_place(tmp_path / "gpu.json", tmp_path)
 
 
 def test_first_gpus_tests(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_refused, log_of, put, same
+from conftest import ROOT, TINY, assert_refused, log_of, put, random_norms, same
 from PIL import Image
 
 from support.backbone import PatchFeatures, load_weights, make_trunk
@@ -75,7 +75,8 @@ def test_resumed_equals_uninterrupted(more, photos, run_script, tmp_path, interr
     assert_refused(run_script(*resume, "--seed", 1), "cut.pt.resume: made with other options")
     put(tmp_path / "photos/new.png")
     assert_refused(run_script(*resume), "photos: other photos than when the run began; put them")
-    (tmp_path / "photos/new.png").rename(tmp_path / "cut.pt.tmp1")  # as a killed process leaves it
+    # as a killed process leaves it
+    (tmp_path / "photos/new.png").rename(tmp_path / "cut.pt.unfinished1")
     assert run_script(*resume)[0] == 0
     assert same(tmp_path / "whole.pt", tmp_path / "cut.pt")
     assert not list(tmp_path.glob("cut.pt.*"))
@@ -83,7 +84,8 @@ def test_resumed_equals_uninterrupted(more, photos, run_script, tmp_path, interr
 
 def test_two_backbones_share_the_channels(photos, resnet18, tmp_path):
     """Half of the channels for each; in the interior, on the grid of a PDN without padding."""
-    torch.save(make_trunk("efficientnet_lite0").state_dict(), tmp_path / "lite0.pth")
+    lite = random_norms(make_trunk("efficientnet_lite0"))
+    torch.save(lite.state_dict(), tmp_path / "lite0.pth")
     names, files = ["resnet18", "efficientnet_lite0"], [str(resnet18), str(tmp_path / "lite0.pth")]
     options = {"backbone": names, "backbone_weights": files, "image_size": 64, "interior": True}
     options |= {"device": "cpu", "precision": "fp32", "out": str(tmp_path / "o/t.pt")}

@@ -94,7 +94,7 @@ def test_everything_that_an_evaluation_writes(own, tiny_demo, model, run_script)
     assert len(images) == 9 and sum("outline" in image for image in images) == 6
     assert list(images[0]["maps"]) == ["combined", "local", "global"]
     assert images[0]["score"] == float(rows["good/000"]["score"])
-    assert not list(own.rglob("*.tmp*")) and not list(own.rglob("*.new"))
+    assert not list(own.rglob("*.unfinished*")) and not list(own.rglob("*.new"))
 
 
 DOM = """
@@ -263,7 +263,9 @@ def test_score_a_folder(run, run_script, tmp_path):
     assert pictures(run / "images") == ["overlays/b.png.png"]
 
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    others = put(tmp_path / "away/notes/a.tmp1", b"mine")
     assert run_script(*command, "in", "--out", "away", *CPU)[0] == 0  # the run may be read-only
+    assert others.exists()
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     assert rows_of(tmp_path / "away/images/scores.csv") == rows
 
@@ -343,7 +345,7 @@ def test_recalibration_on_accepted_images(own, run_script, tmp_path):
 
 
 def test_nan_is_never_called_normal(own, run_script, monkeypatch):
-    assert scoring.verdict(float("nan"), 0.1, 0.05, []) == "reject"
+    assert scoring.judge({}, 0.1, float("nan"), None)[2] == "reject"
     known = zip(("ok", "reject", "check", "reject", "reject"), (9.0, 1.0, 3.0, 2.0, None))
     entries = [{"verdict": verdict, "score": score} for verdict, score in known]
     assert [e["score"] for e in report.worst(entries, 4)] == [None, 2.0, 1.0, 3.0]

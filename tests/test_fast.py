@@ -14,7 +14,7 @@ import efficientad
 import support.tiling
 from efficientad import EfficientAD, ModelError
 from support import fast_gpu
-from support.fast import cpu_has_bf16, optimize
+from support.fast import has_bf16, optimize
 from support.graphs import BatchGraphs, Graphed, beside
 from support.tiling import TiledEfficientAD
 
@@ -163,7 +163,7 @@ def test_fast_form_leaves_the_model_alone_and_refuses_what_it_cannot_do(demo_ima
     model = trained(0)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     fast = optimize(model)
-    assert fast.precision == ("bf16" if cpu_has_bf16(CPU) else "fp32")
+    assert fast.precision == ("bf16" if has_bf16(CPU) else "fp32")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     image = demo_images[:1]
     fast.train()

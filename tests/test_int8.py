@@ -8,7 +8,7 @@ from conftest import rms_ratio
 from efficientad import EfficientAD
 from support.calibration import calibrate, calibrate_int8
 from support.checkpoints import load_model
-from support.fast import cpu_has_bf16, optimize
+from support.fast import has_bf16, optimize
 from support.int8 import Int8Conv, ToInt8, round_in_turn
 from support.tiling import TiledEfficientAD
 
@@ -88,9 +88,8 @@ def test_int8_from_a_checkpoint(size, shared_stem, tmp_path, monkeypatch):
     def int8_layers(of: EfficientAD) -> int:
         return sum(isinstance(layer, Int8Conv) for layer in optimize(of, "int8").autoencoder)
 
-    has_bf16 = cpu_has_bf16(torch.device("cpu"))
-    assert int8_layers(model) == 4 * has_bf16
-    monkeypatch.setattr("support.fast.cpu_has_bf16", lambda device: False)
+    assert int8_layers(model) == 4 * has_bf16(torch.device("cpu"))
+    monkeypatch.setattr("support.fast.has_bf16", lambda device: False)
     assert int8_layers(model) == 0
     calibrate_int8(model, images.split(1))
     monkeypatch.undo()

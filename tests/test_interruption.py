@@ -51,8 +51,8 @@ def check_whole(folder: Path) -> None:
             Image.open(path).load()
 
 
-def test_training_survives_kill_9(start, tmp_path, tiny_demo, teacher):
-    options = ("--data", tiny_demo, "--steps", 3, *TINY, "--teacher", teacher)
+def test_training_survives_kill_9(start, tmp_path, tiny_demo):
+    options = ("--data", tiny_demo, "--steps", 3, *TINY)
     options += ("--checkpoint-every", 0, "--out")
     began, whole, cut = time.time(), tmp_path / "whole", tmp_path / "cut"
     assert start(train.main, *options, whole) == 0
@@ -87,7 +87,7 @@ def test_evaluation_survives_kill_9(start, own):
         check_whole(own)
         if (own / "results.json").exists():
             assert (own / "results.json").read_bytes() == expected["results.json"]
-    (own / "overlays/left.png.tmp1").write_bytes(b"half")
+    (own / "overlays/left.png.unfinished1").write_bytes(b"half")
     assert start(*command) == 0
     assert files(own) == expected
 
@@ -108,7 +108,7 @@ def test_distillation_survives_kill_9(start, photos, tmp_path):
     assert names == {"cut.jsonl", "cut.pt", "whole.jsonl", "whole.pt"}
 
 
-def test_a_second_process_is_refused(run_script, tmp_path, tiny_demo, teacher, own, resnet18):
+def test_a_second_process_is_refused(run_script, tmp_path, tiny_demo, own, resnet18):
     """Training, resuming, evaluating, scoring and distilling, while another process holds the
     folder; not after its kill -9."""
     for name in ("begun", "new"):
@@ -119,7 +119,7 @@ def test_a_second_process_is_refused(run_script, tmp_path, tiny_demo, teacher, o
     evaluation = ("evaluate.py", "--run", "own", *CPU)
     commands = [
         ("train.py", "--resume", "begun"),
-        ("train.py", "--data", tiny_demo, "--teacher", teacher, *TINY, "--out", "new"),
+        ("train.py", "--data", tiny_demo, *TINY, "--out", "new"),
         evaluation,
         (*evaluation, "--images", tiny_demo / "test"),
         ("tools.distill", "--images", tiny_demo, *backbone, "--out", "own/t.pt"),
@@ -144,14 +144,14 @@ def test_a_second_process_is_refused(run_script, tmp_path, tiny_demo, teacher, o
     assert run_script(*evaluation)[0] == 0
 
 
-def test_killed_before_anything_was_saved(run_script, tmp_path, tiny_demo, teacher):
+def test_killed_before_anything_was_saved(run_script, tmp_path, tiny_demo):
     (tmp_path / "early").mkdir()
-    (tmp_path / "early/resume.pt.tmp77").write_bytes(b"half")
+    (tmp_path / "early/resume.pt.unfinished77").write_bytes(b"half")
     (tmp_path / "early/.lock").touch()
     result = run_script("train.py", "--resume", "early")
     remedy = "interrupted before anything was saved; start it again, with --out early"
     assert_refused(result, remedy)
-    options = (*TINY, "--steps", 1, "--teacher", teacher, "--out", "early")
+    options = (*TINY, "--steps", 1, "--out", "early")
     assert run_script("train.py", "--data", tiny_demo, *options)[0] == 0
     names = sorted(p.name for p in (tmp_path / "early").iterdir())
     assert names == [".lock", "log.jsonl", "model.pt"]

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_refused, log_of, rows_of, same
+from conftest import assert_refused, log_of, random_norms, rows_of, same
 from torch import nn
 
 from baselines.simplenet import CachedFeatures, SimpleNet, crop_size
 from efficientad import ModelError
-from support import optimizers
 from support.backbone import ResNet
+from support.checkpoints import read_checkpoint
 from support.data import read_image, to_array
 
 SIZE = (80, 96)  # crop 64×80 (70.0 and 84.0 before rounding), layer 2's grid 8×10
@@ -21,13 +21,7 @@ def images(n: int) -> torch.Tensor:
 
 
 def small(**options) -> SimpleNet:
-    """A model whose batch norms have seen something, so that folding them has an effect."""
-    model = SimpleNet(**{"backbone": "resnet18", "image_size": SIZE, **options})
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            nn.init.uniform_(module.running_var, 0.5, 2)
-            nn.init.normal_(module.running_mean, 0, 0.2)
-    return model.eval()
+    return random_norms(SimpleNet(**{"backbone": "resnet18", "image_size": SIZE, **options}))
 
 
 def test_shapes_are_the_papers():
@@ -181,23 +175,15 @@ def command(resnet18, tiny_demo):
     return ("baselines.simplenet", *options, "--image-size", 64, "--batch-size", 2)
 
 
-def test_train_and_evaluate(command, tiny_demo, run_script, tmp_path, monkeypatch):
+def test_train_and_evaluate(command, tiny_demo, run_script, tmp_path):
     options = ("--epochs", 2, "--layers", "1,3", "--no-adaptor", "--device", "cpu")
     options += ("--noise", 0.02, "--lr", 3e-4)
-    rates, make_adam = [], optimizers.make_adam
-
-    def note_rates(groups, device):
-        rates.extend(group["lr"] for group in groups)
-        return make_adam(groups, device)
-
-    monkeypatch.setattr(optimizers, "make_adam", note_rates)
     status, out, err = run_script(*command, *options)
     assert status == 0 and "wrote runs/tiny-simplenet/model.pt" in out, err
     run = tmp_path / "runs/tiny-simplenet"
     log = log_of(run)
     assert [e["step"] for e in log] == [0, 4]  # 2 epochs of 5 images
     assert log[0].keys() == {"step", "lr", "real", "fake"} and log[0]["lr"] == log[1]["lr"] == 3e-4
-    assert rates == [3e-4, 6e-4]  # the adaptor's, the discriminator's
     model = SimpleNet.load(str(run / "model.pt"))
     assert model.training_info["epochs"] == 2 and model.training_info["steps"] == 5
     assert model.threshold.item() == model.training_info["scores"][-1]  # for p-values
@@ -218,15 +204,18 @@ def test_resumed_equals_uninterrupted(command, run_script, tmp_path, interrupt_a
     with interrupt_at(3):
         status, _, err = run_script(*command, "--epochs", 2, "--out", "cut")
     assert status == 130 and "--resume cut" in err
+    groups = read_checkpoint(tmp_path / "cut/resume.pt")["optimizers"][0]["param_groups"]
+    assert [group["lr"] for group in groups] == [1e-4, 2e-4]  # the adaptor's, the discriminator's
     status, _, err = run_script("baselines.simplenet", "--resume", "cut")
     assert status == 0, err
     assert same(tmp_path / "whole/model.pt", tmp_path / "cut/model.pt")
 
 
 def test_bad_options_get_one_line(command, run_script, tmp_path):
-    file = "--backbone-weights takes the published weight file of wide_resnet50_2"
+    file = "--backbone-weights takes the published weight file of"
     for options, *words in (
         ((command[0], "--backbone-weights", "none.pth"), "none.pth: no such file", file),
+        ((*command, "--backbone", "resnet34"), f"not the weights of resnet34; {file} resnet34"),
         ((*command, "--layers", "3,2"), "--layers takes some of 1,2,3"),
         ((*command, "--noise", -1), "--noise >= 0"),
         ((*command, "--epochs", 1, "--steps", 1), "--steps or --epochs"),

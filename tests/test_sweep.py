@@ -14,6 +14,8 @@ from support.data import DataError
 from tools import sweep
 from tools.summary import COLLECTIONS, TABLES, cells, normalizations, spread, summarize
 
+STEP = ("--steps", 1, *TINY)
+
 
 @pytest.fixture(scope="module")
 def loco(tiny_demo, tmp_path_factory):
@@ -23,11 +25,6 @@ def loco(tiny_demo, tmp_path_factory):
         shutil.copytree(tiny_demo, root / name)
     (root / "readme.txt").write_text("not a category")
     return root
-
-
-@pytest.fixture
-def tiny(teacher):
-    return ("--steps", 1, "--teacher", teacher, *TINY)
 
 
 @pytest.fixture
@@ -50,9 +47,9 @@ def read(path) -> dict:
 # -------------------------------------------------------------------------------------- training
 
 
-def test_collection_from_training_to_summary(loco, tiny, run_script, tmp_path):
+def test_collection_from_training_to_summary(loco, run_script, tmp_path):
     """Two categories × two seeds; one fails; the same command makes up for it."""
-    command = ("tools.sweep", "--data", "loco", "--seeds", "0,1", *tiny)
+    command = ("tools.sweep", "--data", "loco", "--seeds", "0,1", *STEP)
     evaluation = ("tools.sweep", "--evaluate", "runs/loco", *CPU)
     shutil.copytree(loco, tmp_path / "loco")
     images, runs = tmp_path / "loco/screw_bag/train", tmp_path / "runs/loco"
@@ -80,9 +77,9 @@ def test_collection_from_training_to_summary(loco, tiny, run_script, tmp_path):
     (runs / "pushpins-small-seed1/results.json").write_bytes(whole[:99])  # damaged
     earlier = {"category": "screw_bag", "training": {"category": "screw_bag"}}  # does not say where
     (runs / "screw_bag-small-seed0/results.json").write_text(json.dumps(earlier))
-    (runs / "summary.json.tmp7").write_text("left by a killed process")
+    (runs / "summary.json.unfinished7").write_text("left by a killed process")
     status, out, err = run_script(*evaluation)
-    assert status == 0 and not (runs / "summary.json.tmp7").exists(), err
+    assert status == 0 and not (runs / "summary.json.unfinished7").exists(), err
     assert (runs / "pushpins-small-seed0/results.json").stat().st_mtime_ns == evaluated
     assert (runs / "pushpins-small-seed1/results.json").read_bytes() == whole
     results = {name: read(runs / name / "results.json") for name in second}
@@ -97,38 +94,38 @@ def test_collection_from_training_to_summary(loco, tiny, run_script, tmp_path):
     assert not list(tmp_path.rglob("*.tmp*"))
 
 
-def test_minutes_count_for_each_run(loco, tiny, run_script, monkeypatch):
+def test_minutes_count_for_each_run(loco, run_script, monkeypatch):
     """However old the process is."""
     left = []
     steps_until = "support.training.steps_until"
     monkeypatch.setattr(steps_until, lambda end, *_: left.append(end - time.time()) or 1)
     monkeypatch.setattr("support.training.process_start", lambda: time.time() - 9000)
-    status, _, err = run_script("tools.sweep", "--data", loco, *tiny[2:], "--minutes", 9)
+    status, _, err = run_script("tools.sweep", "--data", loco, *TINY, "--minutes", 9)
     assert status == 0 and len(left) == 2 and all(440 < seconds < 540 for seconds in left), err
 
 
-def test_links_and_hidden_folders(loco, tiny, run_script, tmp_path):
+def test_links_and_hidden_folders(loco, run_script, tmp_path):
     """A category has the name of its link; the word demo is not a folder of that name."""
     for name in ("demo", "v1"):
         shutil.copytree(loco / "pushpins", tmp_path / "sets" / name)
     (tmp_path / "all").mkdir()
     for name in ("alpha", "beta"):
         (tmp_path / "all" / name).symlink_to(tmp_path / "sets/v1")
-    assert run_script("tools.sweep", "--data", "all", *tiny, "--out", "my runs")[0] == 0
+    assert run_script("tools.sweep", "--data", "all", *STEP, "--out", "my runs")[0] == 0
     shutil.copytree(tmp_path / "my runs/alpha-small", tmp_path / "my runs/.trash")
     broken = {"own_data": True, "training": {}}
     (tmp_path / "my runs/beta-small/results.json").write_text(json.dumps(broken))
     status, out, err = run_script("tools.sweep", "--evaluate", "my runs", *CPU)
     assert status == 0 and "| alpha " in out and "| beta " in out and ".trash" not in out, err
     (tmp_path / "demo").symlink_to(tmp_path / "sets/demo")
-    status, out, err = run_script("tools.sweep", "--data", "./demo", "--seeds", 0, *tiny)
+    status, out, err = run_script("tools.sweep", "--data", "./demo", "--seeds", 0, *STEP)
     assert status == 0, err
     info = torch.load("runs/demo/demo-small-seed0/model.pt")["training"]
     assert info["data"] == str((tmp_path / "sets/demo").resolve())
 
 
-def test_interrupted_run_is_resumed(loco, tiny, run_script, tmp_path, interrupt_at):
-    command = ("tools.sweep", "--data", loco, *tiny, "--steps", 3)
+def test_interrupted_run_is_resumed(loco, run_script, tmp_path, interrupt_at):
+    command = ("tools.sweep", "--data", loco, *STEP, "--steps", 3)
     with interrupt_at(10):
         assert run_script(*command)[0] == 130
     runs = tmp_path / "runs/loco"
@@ -149,10 +146,10 @@ def test_interrupted_run_goes_on_with_its_own_options_on_the_device_given_now(tm
     assert resumed.steps == 70000 != job.steps
 
 
-def test_a_run_of_other_data_or_options_is_refused(loco, tiny, run_script, tmp_path):
+def test_a_run_of_other_data_or_options_is_refused(loco, run_script, tmp_path):
     for name in ("a", "b"):
         shutil.copytree(loco, tmp_path / name / "parts")
-    command = ("tools.sweep", "--categories", "pushpins", *tiny, "--data")
+    command = ("tools.sweep", "--categories", "pushpins", *STEP, "--data")
     assert run_script(*command, "a/parts")[0] == 0
     for options, words in (
         (["b/parts"], f"--data {tmp_path}/a/parts/pushpins, not b/parts/pushpins"),
@@ -175,13 +172,13 @@ def test_simplenet(tiny_demo, run_script, resnet18):
     assert status == 0 and "### SimpleNet (resnet18), 1 epochs" in out and "| tiny " in out, err
 
 
-def test_processes_share_the_runs(loco, tiny, run_script, made, monkeypatch, tmp_path):
+def test_processes_share_the_runs(loco, run_script, made, monkeypatch, tmp_path):
     """As torchrun starts them, over a folder of links, which name the runs. A failure must not end
     the other processes: torchrun would stop them all."""
     (tmp_path / "all").mkdir()
     for name in ("alpha", "beta"):
         (tmp_path / "all" / name).symlink_to(loco / "pushpins")
-    command = ("tools.sweep", "--data", "all", *tiny)
+    command = ("tools.sweep", "--data", "all", *STEP)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
@@ -197,19 +194,19 @@ def test_processes_share_the_runs(loco, tiny, run_script, made, monkeypatch, tmp
     assert status == 0 and "0 of 1 runs complete" in out and "failed runs" in err
 
 
-def test_bad_options_get_one_line(loco, tiny, run_script, tmp_path):
+def test_bad_options_get_one_line(loco, run_script, tmp_path):
     one = loco / "pushpins"
     for case, message in (
         (("--data", loco, "--categories", "a,b"), "no category a, b; it has: pushpins, screw_bag"),
         (("--data", one, "--categories", "a"), "has no category a; it has: none"),
         (("--data", loco, "--ablation", "--pretraining-images", loco), "takes one category"),
         (("--data", loco, "--seeds", "0,1", "--seed", 2), "--seed or --seeds"),
-        (("--data", one, "--ablation"), "--ablation chooses"),  # `tiny` has no penalty
-        (("--data", one, "--model", "simplenet"), "unrecognized arguments: --teacher"),
+        (("--data", one, "--ablation"), "--ablation chooses"),  # `STEP` has no penalty
+        (("--data", one, "--model", "simplenet"), "unrecognized arguments: --pretraining-images"),
         (("--data", one), "this is one run; use: python train.py --data"),
         (("--data", loco, "--resume", "x"), "--resume belongs to"),
     ):
-        assert_refused(run_script("tools.sweep", *tiny, *case), message)
+        assert_refused(run_script("tools.sweep", *STEP, *case), message)
     assert_refused(run_script("tools.sweep", "--evaluate", "x", "--data", loco), "only --tiff")
     assert_refused(run_script("tools.sweep", "--evaluate", "x", "--accept", "y"), "only --tiff")
     assert_refused(run_script("tools.sweep", "--evaluate", "."), ".: has no runs in it")
@@ -228,8 +225,8 @@ def test_no_run_can_be_evaluated(run_script, tmp_path):
 # -------------------------------------------------------------------------------------- ablation
 
 
-def test_ablation(loco, tiny, run_script, tmp_path, monkeypatch):
-    options = [*map(str, ("--data", loco / "pushpins", *tiny[:-2]))]
+def test_ablation(loco, run_script, tmp_path, monkeypatch):
+    options = [*map(str, ("--data", loco / "pushpins", *STEP[:-2]))]
     kept = ("default", "no-penalty", "p_hard-0-no-penalty")
     monkeypatch.setattr(sweep, "ABLATION", {name: sweep.ABLATION[name] for name in kept})
     sweep.main(["--ablation", *options])

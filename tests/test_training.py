@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from torch import nn
 import support.training
 import train
 from efficientad import EfficientAD, autoencoder_loss
-from support.optimizers import Muon, cosine, make_adam, orthogonal, set_rate
+from support.optimizers import Muon, make_adam, orthogonal, set_rate
 from support.training import (
     Step,
     augment,
@@ -85,18 +84,15 @@ def test_what_is_drawn():
 
 def test_step_over_buffers_is_the_plain_step(demo_images, trained):
     """In fp32: buffers that held something else, the teacher's outputs known; against
-    `EfficientAD.losses` and Adam."""
+    `EfficientAD.losses`."""
     model, x, photos = trained(0).eval(), demo_images[:2], demo_images[5:7]
     plain = EfficientAD(image_size=DEMO_SIZE).eval()  # eval: no dropout, so that both agree
     plain.load_state_dict(model.state_dict())
     batch = {"images": x, "photos": photos, "draws": draw(2)}
     batch["teacher"] = teacher_outputs(model, x[:, None], "fp32")
-    optimizers = []
-    for m in (model, plain):
-        learned = [*m.student.parameters(), *m.autoencoder.parameters()]
-        optimizers.append(make_adam([{"params": learned, "lr": 1e-4}], x.device))
-    losses_of = partial(train.losses_of, model=model, p_hard=0.99)
-    step = Step(losses_of, optimizers[:1], x.device, "fp32")
+    learned = [*model.student.parameters(), *model.autoencoder.parameters()]
+    optimizers = [make_adam([{"params": learned, "lr": 1e-4}], x.device)]
+    step = Step(partial(train.losses_of, model=model, p_hard=0.99), optimizers, x.device, "fp32")
     step.buffers = {name: torch.full_like(tensor, 7) for name, tensor in batch.items()}
     losses = step(batch)
 
@@ -107,10 +103,6 @@ def test_step_over_buffers_is_the_plain_step(demo_images, trained):
         torch.testing.assert_close(losses[name], expected[name].detach(), rtol=1e-5, atol=0)
     for a, b in zip(model.student.parameters(), plain.student.parameters()):
         assert (a.grad - b.grad).norm() <= 1e-4 * b.grad.norm()
-    optimizers[1].step()  # `step` has taken the other one's
-    for a, b in zip(model.student.parameters(), plain.student.parameters()):
-        torch.testing.assert_close(a, b, rtol=0, atol=2.1e-4)  # a gradient of noise: either way
-        assert (a - b).abs().mean() < 1e-6
     set_rate(optimizers, 0.1)
     assert optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-5)
 
@@ -162,13 +154,6 @@ def test_quarters_are_random_parts():
         top, left = divmod(part[0, 0, 0, 0].item(), 6)
         assert torch.equal(part, images[:, :, top : top + 4, left : left + 3])
     assert torch.equal(next(quarters(iter([images]), range(9, 10), 0)), parts[4])  # by the step
-
-
-def test_cosine():
-    factors = [cosine(step, 100) for step in range(100)]
-    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1])
-    assert factors[5] == 1 and factors[52:53] == pytest.approx([0.5], abs=0.01)
-    assert all(a > b for a, b in pairwise(factors[5:])) and 0 < factors[-1] < 1e-3
 
 
 def test_muon_steps_are_orthogonal():

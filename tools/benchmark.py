@@ -5,7 +5,7 @@
     python -m tools.benchmark --sections kernels   # on a GPU
     python -m tools.benchmark --accuracy runs/bottle-small
     python -m tools.benchmark --json x.json        # then --show x.json: x.svg too
-    python -m tools.benchmark --first-gpu --minutes 9 --json gpu.json  # then --readme gpu.json
+    python -m tools.benchmark --first-gpu --minutes 9 --json gpu.json  # then --show gpu.json
 
 A pass is what the paper times: the image is copied in, the map is copied out. The rows take turns,
 a pass each, so that whatever slows the machine slows all of them. As in the paper the last half of
@@ -44,15 +44,15 @@ from baselines.simplenet import SimpleNet
 from efficientad import EfficientAD
 from evaluate import load_run
 from support.data import Category, DataError, Images, open_category, read_image
-from support.fast import DTYPES, PRECISIONS, choose_precision, cpu_has_bf16
+from support.fast import DTYPES, PRECISIONS, choose_precision, has_bf16
 from support.metrics import Localization, image_auroc
-from support.options import OptionError, has_bf16, option, parse_options, pick_device
+from support.options import OptionError, option, parse_options, pick_device
 from support.runs import run_command, write
 from support.scoring import fast_form
 from support.training import one_by_one, prepare_torch
 from tools.benchmark_rows import FP32, HALF, ROWS, kernel_cases, our_step, plain_step
 from tools.benchmark_tables import section, show
-from tools.first_gpu import ROOT, first_gpu, put_in_place
+from tools.first_gpu import ROOT, first_gpu
 
 USAGE = "python -m tools.benchmark [options]"
 SHARED_STEM = "EfficientAD-S, shared stem"  # recipe short's
@@ -92,7 +92,7 @@ def environment(device: torch.device) -> dict:
     words = [name[1] if name else platform.processor()]
     words.append(f"{torch.get_num_threads()} of {os.cpu_count()} cores")
     words += ["AMX"] if torch.cpu._is_amx_tile_supported() else []
-    words += ["AVX512-BF16"] if cpu_has_bf16(device) else []
+    words += ["AVX512-BF16"] if device.type == "cpu" and has_bf16(device) else []
     load = os.getloadavg()[0]
     return {"device": ", ".join(words), "software": software, "load average before": load}
 
@@ -372,7 +372,6 @@ class Options:
     show: str | None = option(None, "instead: such a file's tables and picture", metavar="FILE")
     first_gpu: bool = option(False, "tests and figures in order of worth, in --minutes")
     minutes: float = option(9, "of --first-gpu, which ends in time")
-    readme: str | None = option(None, "instead: put such figures in the docs", metavar="FILE")
 
     def __post_init__(self) -> None:
         self.device = str(pick_device(self.device))
@@ -387,8 +386,6 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_options(Options, USAGE, argv)
     if options.show:
         return show(Path(options.show))
-    if options.readme:
-        return put_in_place(Path(options.readme))
     prepare_torch(0)
     device = torch.device(options.device)
     scope = FIRST if options.first_gpu else QUICK if options.quick else Scope()

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from kernels.conv_rows import reference as rows_reference
 from kernels.distance_map import combined_map_reference, distance_map_reference
 from kernels.runtime import has_tma
 from support import int8
-from support.fast import cpu_has_bf16, optimize
+from support.fast import has_bf16, optimize
 from support.optimizers import make_adam
 from support.training import Step, augment, draw, teacher_outputs, turn_gray
 from train import losses_of
@@ -84,21 +85,14 @@ def onnx_runtime(model: nn.Module, images: Tensor, int8: bool = False) -> Callab
 
 def quantized_onnx(path: str, images: Tensor) -> str:
     """Write an ONNX file with int8 convolutions beside another one; its path."""
-    from onnxruntime.quantization import CalibrationDataReader, quantize_static
+    from onnxruntime.quantization import quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(CalibrationDataReader):
-        """Gives the images once."""
-
-        def __init__(self):
-            self.left = [{"images": images.numpy()}]
-
-        def get_next(self) -> dict | None:
-            return self.left.pop() if self.left else None
-
+    once = iter([{"images": images.numpy()}])
+    reader = SimpleNamespace(get_next=lambda: next(once, None))
     quant_pre_process(path, f"{path}.folded")
     convolutions = {"op_types_to_quantize": ["Conv", "Relu"], "per_channel": True}
-    quantize_static(f"{path}.folded", f"{path}.int8", Reader(), **convolutions)
+    quantize_static(f"{path}.folded", f"{path}.int8", reader, **convolutions)
     return f"{path}.int8"
 
 
@@ -116,7 +110,7 @@ def openvino(model: nn.Module, images: Tensor, int8: bool = False) -> Callable:
         tail = ["Subtract", "Power", "ReduceMean", "Interpolate"]
         tail = nncf.IgnoredScope(types=tail, validate=False)
         network = nncf.quantize(network, nncf.Dataset([images.numpy()]), ignored_scope=tail)
-    precision = "bf16" if cpu_has_bf16(images.device) else "f32"
+    precision = "bf16" if has_bf16(images.device) else "f32"
     hints = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     hints["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
     network = openvino.compile_model(network, "CPU", hints)

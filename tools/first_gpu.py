@@ -4,7 +4,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -17,16 +16,13 @@ from pathlib import Path
 
 import torch
 
-from support.data import DataError
 from support.runs import write
 from support.training import prepare_torch
-from tools.benchmark_tables import section
 
 ROOT = Path(__file__).parent.parent
 # each with its share of the time
 TESTS = {"tests/kernel_checks.py": 0.3, "tests/test_fast.py": 0.15, "tests/test_training.py": 0.1}
 START = "spawn"  # CUDA does not survive a fork
-BEGIN, END = "<!-- begin of what --readme writes -->", "<!-- end -->"
 
 
 def command(*words: object) -> None:
@@ -146,23 +142,3 @@ def first_gpu(path: Path, *about) -> dict:
             known = json.loads(path.read_text())
             save(path, {**known, names[begun.value]: f"exit status {worker.exitcode}"})
     return json.loads(path.read_text())
-
-
-def put_in_place(path: Path, root: Path = ROOT) -> None:
-    """Write the figures of a file that --json wrote into docs/speed.md, and what is measured into
-    README.md's status line. Raises DataError for another file."""
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        text, device = section(results), str(results["device"])
-    except (ValueError, TypeError, AttributeError, KeyError):
-        raise DataError(f"{path}: --readme takes a file that --json wrote") from None
-    speed, readme = root / "docs/speed.md", root / "README.md"
-    page = speed.read_text(encoding="utf-8")
-    place = re.escape(BEGIN) + ".*?" + re.escape(END)
-    replaced = f"{BEGIN}\n\n{text}\n\n{END}"
-    write(speed, re.sub(place, lambda _: replaced, page, flags=re.DOTALL))
-    status = f"Speed is measured on {device} too: [figures](docs/speed.md#on-a-gpu)."
-    page = readme.read_text(encoding="utf-8")
-    write(
-        readme, re.sub(r"Nothing has run on a GPU yet\.|Speed is measured on .*?\)\.", status, page)
-    )

@@ -19,8 +19,9 @@ from torch import Tensor
 from efficientad import EfficientAD
 from support.checkpoints import load_teacher
 from support.data import DataError, Images, open_category
+from support.fast import has_bf16
 from support.metrics import image_auroc
-from support.options import OptionError, has_bf16, option, parse_options, pick_device
+from support.options import OptionError, option, parse_options, pick_device
 from support.report import table
 from support.runs import run_command
 from support.training import one_by_one
