@@ -35,7 +35,7 @@ from support.checkpoints import all_finite, is_url
 from support.data import load_normal_images
 from support.fast import DTYPES, choose_precision
 from support.graphs import BatchGraphs
-from support.optimizers import make_adam
+from support.optimizers import cosine, make_adam, set_rate
 from support.options import OptionError, RunOptions, option, parse_options, refuse_several_runs
 from support.runs import Run, check_free, run_command
 from support.training import Step, batches_of, one_by_one, prepare_torch
@@ -262,7 +262,10 @@ class Options(RunOptions):
     batch_size: int = option(8, "images a step")
     epochs: int | None = option(None, f"default {EPOCHS}; {CPU_EPOCHS} without a GPU")
     steps: int | None = option(None, "instead of --epochs")
-    lr: float = option(1e-4, "the adaptor's, constant; the discriminator's is twice that")
+    lr: float = option(1e-4, "the adaptor's; the discriminator's is twice that")
+    schedule: str = option(
+        "cosine", "how the rates go; constant is the paper's", choices=["constant", "cosine"]
+    )
     noise: float = option(0.015, "standard deviation of the noise on features")
     no_adaptor: bool = option(False, "leave out the feature adaptor")
     layers: list[int] = option([2, 3], "default 2,3", type=integers, nargs=None, metavar="1,2,3")
@@ -298,7 +301,7 @@ def train(options: Options) -> Path:
     normal = load_normal_images(options.data, size, options.seed, options.skip_bad_images)
     options.steps = options.steps or math.ceil(options.epochs * len(normal.training) / n)
 
-    # The model. Adam learns adaptor and discriminator, at constant rates.
+    # The model. Adam learns adaptor and discriminator.
     choices = {"layers": options.layers, "noise": options.noise, "adaptor": not options.no_adaptor}
     model = SimpleNet(backbone=options.backbone, image_size=size, **choices)
     if not options.resume:
@@ -320,7 +323,9 @@ def train(options: Options) -> Path:
     model.train()
     for step in run.steps(options.steps):
         torch.manual_seed(options.seed * 1_000_003 + step)
-        run.record(step, take_step({"features": next(batches)}), options.lr)
+        factor = cosine(step, options.steps) if options.schedule == "cosine" else 1
+        set_rate([optimizer], factor)
+        run.record(step, take_step({"features": next(batches)}), options.lr * factor)
 
     # Threshold and floor from the validation images.
     scores = model.calibrate(one_by_one(normal.validation, device, "calibration"))

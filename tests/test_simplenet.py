@@ -1,5 +1,7 @@
 """baselines/simplenet.py: the definition, the file, and the real script, run tiny."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -177,7 +179,7 @@ def command(resnet18, tiny_demo):
 
 def test_train_and_evaluate(command, tiny_demo, run_script, tmp_path):
     options = ("--epochs", 2, "--layers", "1,3", "--no-adaptor", "--device", "cpu")
-    options += ("--noise", 0.02, "--lr", 3e-4)
+    options += ("--noise", 0.02, "--lr", 3e-4, "--schedule", "constant")
     status, out, err = run_script(*command, *options)
     assert status == 0 and "wrote runs/tiny-simplenet/model.pt" in out, err
     run = tmp_path / "runs/tiny-simplenet"
@@ -205,7 +207,9 @@ def test_resumed_equals_uninterrupted(command, run_script, tmp_path, interrupt_a
         status, _, err = run_script(*command, "--epochs", 2, "--out", "cut")
     assert status == 130 and "--resume cut" in err
     groups = read_checkpoint(tmp_path / "cut/resume.pt")["optimizers"][0]["param_groups"]
-    assert [group["lr"] for group in groups] == [1e-4, 2e-4]  # the adaptor's, the discriminator's
+    assert [group["full_lr"] for group in groups] == [1e-4, 2e-4]  # adaptor's, discriminator's
+    rates = [entry["lr"] for entry in log_of(tmp_path / "cut")]  # half a cosine
+    assert rates == pytest.approx([1e-4, 0.5e-4 * (1 + math.cos(0.75 * math.pi))])
     status, _, err = run_script("baselines.simplenet", "--resume", "cut")
     assert status == 0, err
     assert same(tmp_path / "whole/model.pt", tmp_path / "cut/model.pt")
