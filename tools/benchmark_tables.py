@@ -1,4 +1,5 @@
-"""Figures of tools.benchmark as Markdown tables, and a picture of the costs."""
+"""Figures as Markdown tables and as a picture: those of tools.benchmark, and docs/results.md's
+curve."""
 
 import json
 import math
@@ -32,39 +33,46 @@ def section(results: dict) -> str:
 
 
 def show(path: Path) -> None:
-    """Print the tables of a file that --json wrote, and draw its costs beside it. Raises DataError
-    for another file."""
+    """Print the tables of a file that --json wrote, and draw its "cost" or its "curve" beside it.
+    Raises DataError for another file."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         print(section(results))
     except (ValueError, TypeError, AttributeError):
         raise DataError(f"{path}: --show takes a file that --json wrote") from None
-    if "cost" in results:
-        plot(results["cost"], path.with_suffix(".svg"))
+    points = [(r["cost against"], r["row"], r["at"], r["ms"]) for r in results.get("cost", [])]
+    for figure in ("image AU-ROC", "AU-PRO"):
+        rows = (row for row in results.get("curve", []) if figure in row)
+        points += [(figure, row["training"], row["minutes"], row[figure]) for row in rows]
+    if points:
+        plot(points, "cost" in results, path.with_suffix(".svg"))
 
 
-def plot(costs: list[dict], path: Path) -> None:
-    """SVG: ms against batch size, image size and number of images. Raises DataError without
-    matplotlib."""
+def plot(points: list[tuple], costs: bool, path: Path) -> None:
+    """SVG of points (panel, line, x, y): ms against batch size and so on, or percent against
+    minutes. Raises DataError without matplotlib."""
     if find_spec("matplotlib") is None:
         raise DataError(f"{path}: drawing it needs matplotlib: pip install matplotlib")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
 
-    figure, lines = Figure((12, 3.6), layout="constrained"), {}
-    for point in costs:
-        line = lines.setdefault(point["cost against"], {}).setdefault(point["row"], [])
-        line.append((point["at"], point["ms"]))
-    for axes, (cost, rows) in zip(figure.subplots(1, len(lines)), lines.items()):
-        for row, line in rows.items():
-            axes.loglog(*zip(*line), "o-", label=row)
-        ticks = [x for x, _ in line]
+    figure, panels = Figure((12, 3.6), layout="constrained"), {}
+    for panel, line, x, y in points:
+        panels.setdefault(panel, {}).setdefault(line, []).append((x, y))
+    for axes, (panel, lines) in zip(figure.subplots(1, len(panels)), panels.items()):
+        for name, line in lines.items():
+            axes.semilogx(*zip(*line), "o-", label=name)
+        ticks = sorted({x for line in lines.values() for x, _ in line})
         axes.set_xticks(ticks, ticks)
         axes.set_xticks([], minor=True)
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(LogFormatter())  # if there is less than a decade
-        axes.set(xlabel=cost, ylabel="ms altogether" if cost == "images" else "ms an image")
+        axes.set(xlabel=panel, ylabel="ms altogether" if panel == "images" else "ms an image")
+        if costs:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(LogFormatter())  # if there is less than a decade
+        else:
+            axes.set(xlabel="minutes", ylabel=f"{panel}, percent")
         axes.legend()
     with rc_context({"svg.hashsalt": "", "svg.fonttype": "none"}):
         figure.savefig(path, format="svg", metadata={"Date": None})
