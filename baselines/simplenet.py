@@ -249,7 +249,7 @@ def integers(text: str) -> list[int]:
 
 @dataclass
 class Options(RunOptions):
-    """Train SimpleNet on normal images. The paper's values are the defaults."""
+    """Train SimpleNet on normal images. The paper's values are the defaults, but for --schedule."""
 
     command = "python -m baselines.simplenet"
     backbone: str = option(
@@ -264,7 +264,7 @@ class Options(RunOptions):
     steps: int | None = option(None, "instead of --epochs")
     lr: float = option(1e-4, "the adaptor's; the discriminator's is twice that")
     schedule: str = option(
-        "cosine", "how the rates go; constant is the paper's", choices=["constant", "cosine"]
+        "cosine", "warm-up and half a cosine, or the paper's", choices=["constant", "cosine"]
     )
     noise: float = option(0.015, "standard deviation of the noise on features")
     no_adaptor: bool = option(False, "leave out the feature adaptor")

@@ -91,7 +91,7 @@ def test_collection_from_training_to_summary(loco, run_script, tmp_path):
         assert rows[2][metric]["values"] == pytest.approx([(a + c) / 2, (b + d) / 2])
     table = (runs / "summary.md").read_text()
     assert table in out and "| mean of these 2 |" in table and "±" in table
-    assert not list(tmp_path.rglob("*.tmp*"))
+    assert not list(tmp_path.rglob("*.unfinished*"))
 
 
 def test_minutes_count_for_each_run(loco, run_script, monkeypatch):

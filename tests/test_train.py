@@ -225,7 +225,7 @@ def test_full_disk(command, run, run_script, tmp_path, model):
         assert_refused(result, "File too large", "m.pt2")
     assert (run / "images/scores.csv").read_bytes() == b"earlier"
     assert not (tmp_path / "m.pt2").exists()
-    assert not [p for p in tmp_path.rglob("*") if ".tmp" in p.name]
+    assert not [p for p in tmp_path.rglob("*") if ".tmp" in p.name or ".unfinished" in p.name]
     write(tmp_path / ("long" * 60 + ".txt"), "a name of 244 bytes")
     write(tmp_path / "whole.txt", "first")
     with file_limit(2), pytest.raises(OSError, match="whole.txt"):

@@ -231,6 +231,7 @@ def test_a_captured_step_learns_what_an_eager_one_does(demo_images, trained):
             set_rate([optimizer], 1 / (i + 1))
             batch = {"images": demo_images[i % 5][None], "photos": demo_images[i][None]}
             losses = step({**batch, "draws": draw(1)})
+        assert (step.graph.graph is not None) == (warm_up == 3)
         moved = [(q - p).norm() for p, q in zip(start, model.student.parameters())]
         norms.append(torch.stack([losses["hard"], *moved]))
     torch.testing.assert_close(*norms, rtol=1e-2, atol=1e-4)

@@ -60,7 +60,8 @@ def plot(points: list[tuple], costs: bool, path: Path) -> None:
     figure, panels = Figure((12, 3.6), layout="constrained"), {}
     for panel, line, x, y in points:
         panels.setdefault(panel, {}).setdefault(line, []).append((x, y))
-    for axes, (panel, lines) in zip(figure.subplots(1, len(panels)), panels.items()):
+    for i, (panel, lines) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(1, len(panels), i)
         for name, line in lines.items():
             axes.semilogx(*zip(*line), "o-", label=name)
         ticks = sorted({x for line in lines.values() for x, _ in line})
