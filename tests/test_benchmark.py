@@ -137,9 +137,11 @@ def test_accuracy(run, own, run_script):
 def test_refusals(run_script, tmp_path, monkeypatch):
     command = ("tools.benchmark", *CPU)
     assert_refused(run_script(*command, "--sections", "cost", "kernels"), "needs a GPU")
-    (tmp_path / "x.json").write_text("[]")
-    assert_refused(run_script(*command, "--show", "x.json"), "x.json: --show takes a file")
-    (tmp_path / "x.json").write_text('{"cost": [{"at": 1}]}')
+    for content in ("[]", '{"cost": [{"at": 1}]}'):
+        (tmp_path / "x.json").write_text(content)
+        assert_refused(run_script(*command, "--show", "x.json"), "x.json: --show takes a file")
+    point = {"cost against": "images", "row": "ours", "at": 1, "ms": 2.0}
+    (tmp_path / "x.json").write_text(json.dumps({"cost": [point]}))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert_refused(run_script(*command, "--show", "x.json"), "x.svg", "pip install matplotlib")
 

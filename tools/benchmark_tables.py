@@ -37,13 +37,14 @@ def show(path: Path) -> None:
     Raises DataError for another file."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        print(section(results))
-    except (ValueError, TypeError, AttributeError):
+        text = section(results)
+        points = [(r["cost against"], r["row"], r["at"], r["ms"]) for r in results.get("cost", [])]
+        for figure in ("image AU-ROC", "AU-PRO"):
+            rows = (row for row in results.get("curve", []) if figure in row)
+            points += [(figure, row["training"], row["minutes"], row[figure]) for row in rows]
+    except (ValueError, TypeError, AttributeError, KeyError):
         raise DataError(f"{path}: --show takes a file that --json wrote") from None
-    points = [(r["cost against"], r["row"], r["at"], r["ms"]) for r in results.get("cost", [])]
-    for figure in ("image AU-ROC", "AU-PRO"):
-        rows = (row for row in results.get("curve", []) if figure in row)
-        points += [(figure, row["training"], row["minutes"], row[figure]) for row in rows]
+    print(text)
     if points:
         plot(points, "cost" in results, path.with_suffix(".svg"))
 
