@@ -135,9 +135,9 @@ class EfficientNetLite(nn.Module):
     last outputs of strides 4 and 8; layer 3 joins the last outputs of both stages of stride 16.
 
     Strided convolutions pad evenly, as a ResNet's do: position i of a grid of stride s lies at
-    pixel s·i, where a PDN's patch is centred. At even sizes the
-    published network pads one more zero below and on the right: that moves the grid of stride 8 by
-    7 pixels, and distillation suffers."""
+    pixel s·i, where a PDN's patch is centred. At even sizes the published network pads one more
+    zero below and on the right: that moves the grid of stride 8 by 7 pixels, and distillation
+    suffers."""
 
     # layer, blocks at depth 1, kernel, stride of the first one, expansion, channels at width 1
     STAGES = (
