@@ -108,7 +108,7 @@ def optimizers_of(model: EfficientAD, options: Options) -> list[torch.optim.Opti
     """Adam; recipe short: Muon, at half the rate, for the autoencoder's convolutions."""
     learned = [*model.student.parameters(), *model.autoencoder.parameters()]
     matrices = kernels_of(model.autoencoder) if options.recipe == "short" else []
-    return make_optimizers(learned, matrices, options.lr)
+    return make_optimizers(learned, options.lr, matrices, options.lr / 2)
 
 
 def make_step(model: EfficientAD, optimizers: list, options: Options, data: dict) -> Callable:

@@ -52,10 +52,10 @@ def calibrate_int8(model: EfficientAD, batches: Iterable[Tensor], a=0.9, b=0.995
     whose noise lifts the maps. It is taken out where int8 cannot run, or for images beyond TILE.
     Switches to eval mode."""
     model.eval().training_info["int8"] = {}  # `problem` wants it
-    batches = [] if int8.problem(model) else list(batches)
+    batches = [] if int8.problem(model) else [x for batch in batches for x in batch.split(1)]
     del model.training_info["int8"]
     tiled = isinstance(model, TiledEfficientAD)
-    if not batches or (tiled and any(model.oversized(x) for x in batches)):
+    if not batches or (tiled and model.oversized(batches[0])):
         return
     info = {"maxima": int8.measure_maxima(model, batches)}
     model.training_info["int8"] = info

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -17,6 +18,10 @@ from support.demo import make_demo
 
 warnings.filterwarnings("ignore", module=r"PIL\b")  # `_open_image` says what matters
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+NORMAL = {"good", "normal", "ok"}  # names of folders, in whatever case
+OTHERS = {"abnormal", "anomaly", "anomalies", "bad", "defect", "defective", "defects", "ko", "ng"}
+OTHERS |= {"ground_truth", "label", "labels", "mask", "masks", "test", "test_public", "train"}
+MASK_ENDING = re.compile("_(mask|gt|label)$", re.IGNORECASE)
 Size = tuple[int, int]  # (H, W)
 
 
@@ -284,19 +289,24 @@ def open_category(data: str | Path) -> Category:
         return _open_visa(root, place.name)
     if (root / "train").is_dir():
         own, loco = root / "validation/good", (root / "defects_config.json").exists()
+        if not (root / "train/good").is_dir():
+            raise DataError(f"{root}: its normal images belong into train/good, but there is none")
         validation = list_images(own) if own.is_dir() else None
         train, test = list_images(root / "train/good"), _mvtec_test(root, loco)
         return Category(name, "loco" if loco else "mvtec", root, train, validation, test)
     categories = ", ".join(map(str, list_categories(root)))
     if categories:
         raise DataError(f"{root}: holds several categories; choose one: {categories}")
-    parts, paths = {"test", "ground_truth"}, list_images(root, recursive=True)
+    parts, paths, images = OTHERS - {"train"}, list_images(root, recursive=True), {}
     inside = any(p.name in parts and (p.parent / "train").is_dir() for p in (place, place.parent))
+    remedy = "--data takes normal images alone, or a category's folder, which holds train/good"
     for path in paths:  # defects and masks must not pass for normal images
-        folders = path.relative_to(root).parts[:-1]
-        if inside or {"train", *parts} & set(folders) or "good" in folders[:1]:
-            remedy = "--data takes a category's folder, which holds train/good"
+        folders = [folder.lower() for folder in path.relative_to(root).parts[:-1]]
+        if inside or OTHERS.intersection(folders) or NORMAL.intersection(folders[:1]):
             raise DataError(f"{path}: lies in a part of a data set; {remedy}")
+        other = images.setdefault(MASK_ENDING.sub("", str(path.with_suffix(""))), path)
+        if other is not path:
+            raise DataError(f"{path}: it or {other.name} has the name of a mask; {remedy}")
     return Category(name, "folder", root, paths)
 
 
@@ -315,16 +325,22 @@ def list_categories(data: str | Path) -> list[Path]:
 def _mvtec_test(root: Path, loco: bool) -> list[Sample]:
     """Test images of an MVTec layout. A mask is ground_truth/<type>/<name>_mask.png (MVTec AD),
     …/<name>.png (VisA), or every file in the folder …/<name> (LOCO)."""
-    samples, truth = [], root / "ground_truth"
-    folders = (root / "test").iterdir() if (root / "test").is_dir() else []
-    for folder in sorted(d for d in folders if d.is_dir() and d.name[0] != "."):
+    samples, place, truth = [], root / "test", root / "ground_truth"
+    if not place.is_dir():  # MVTec AD 2
+        place, truth = root / "test_public", root / "test_public/ground_truth"
+    folders = place.iterdir() if place.is_dir() else []
+    for folder in sorted(d for d in folders if d.is_dir() and d.name[0] != "." and d != truth):
         if folder.name == "overall":
             raise DataError(f"{folder}: the figures of all types have this name; rename the folder")
+        if folder.name != "good" and folder.name.lower() in NORMAL:
+            raise DataError(f"{folder}: the folder of normal images has the name good; rename it")
+        files = (truth / folder.name).glob("[!.]*")
+        known = {file.stem: file for file in files if file.suffix.lower() in SUFFIXES}
         for path in list_images(folder):
-            stem = truth / folder.name / path.stem
-            masks = [m for m in (Path(f"{stem}_mask.png"), Path(f"{stem}.png")) if m.exists()]
+            own = truth / folder.name / path.stem
+            masks = [known[n] for n in (f"{path.stem}_mask", path.stem) if n in known][:1]
             if loco:
-                masks = list_images(stem) if stem.is_dir() else []
+                masks = list_images(own) if own.is_dir() else []
             if folder.name == "good":
                 for mask in masks:
                     if np.asarray(_open_image(mask)).any():
@@ -332,7 +348,9 @@ def _mvtec_test(root: Path, loco: bool) -> list[Sample]:
                         raise DataError(f"{mask}: {where}; move the image or remove the mask")
                 masks = []
             elif truth.is_dir() and not masks:  # without any masks there are no pixel metrics
-                raise DataError(f"{path}: its mask {stem}{'' if loco else '_mask.png'} is missing")
+                mask = f"its mask {own}{'' if loco else '_mask.png'} is missing"
+                remedy = f"add it, or take {truth} away" if loco or not own.is_dir() else ""
+                raise DataError(f"{path}: {mask}; {remedy or 'copy defects_config.json as well'}")
             samples.append(Sample(path, folder.name, tuple(masks)))
     return samples
 

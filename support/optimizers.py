@@ -47,16 +47,16 @@ def make_adam(groups: list[dict], device: torch.device) -> torch.optim.Adam:
 
 
 def make_optimizers(
-    learned: Iterable[nn.Parameter], matrices: list[nn.Parameter], lr: float
+    learned: Iterable[nn.Parameter], lr: float, matrices: list[nn.Parameter], matrix_lr: float
 ) -> list[torch.optim.Optimizer]:
     """Adam for `learned` without the frozen ones; for `matrices` among them, weights of
-    convolutions, Muon at half the rate."""
+    convolutions, Muon."""
     known = set(matrices)
     others = [weight for weight in learned if weight.requires_grad and weight not in known]
     device = others[0].device
     optimizers = [make_adam([{"params": others, "lr": lr}], device)]
     if matrices:
-        optimizers.append(Muon(prepare([{"params": matrices, "lr": lr / 2}], device)))
+        optimizers.append(Muon(prepare([{"params": matrices, "lr": matrix_lr}], device)))
     return optimizers
 
 

@@ -67,8 +67,8 @@ def parse_options(cls: type, usage: str, argv: list[str] | None = None) -> typin
     given = vars(parser.parse_args(argv))
     try:
         if isinstance(given.get("resume"), str):  # a run's folder
-            if given.keys() - {"resume", "device", "data"}:
-                reason = "with it go --device and, if the data moved, --data"
+            if given.keys() - {"resume", "device", "data", "skip_bad_images"}:
+                reason = "with it go --device, --skip-bad-images and, if the data moved, --data"
                 raise OptionError(f"--resume takes its options from the run; {reason}")
             given = {**saved_options(Path(given["resume"]), cls), **given}
         return cls(**given)

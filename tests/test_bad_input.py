@@ -94,8 +94,8 @@ def test_odd_images_are_scored_and_marked(run, score, tmp_path):
 def test_folders_that_cannot_be_used(tmp_path, run_script, run):
     for command, words in (
         (("--images", "nowhere"), ("nowhere", "no such folder")),
-        (("--images", ""), ("no images",)),
         (("--images", "run/model.pt"), ("model.pt", "is a file, not a folder")),
+        (("--images", ""), ("images: overlays would lie among the images; choose another --out",)),
         (("--images", "a", "--accept", "a"), ("--images and --accept: give one",)),
         (("--accept", "nowhere"), ("nowhere", "no such folder")),
         (("--yes",), ("--yes goes with --accept",)),
@@ -149,6 +149,8 @@ def test_data_sets_that_cannot_be_trained_on(tmp_path, run_script):
     put(tmp_path / "above/mvtec/part/test/dent/0.png")
     put(tmp_path / "checked/validation/good/0.png", b"")
     put(tmp_path / "lonely/train/good/0.png")
+    for name in ("DAGM/Train/0", "named/train/ok/0", "marked/0", "marked/0_GT", "mixed/OK/0"):
+        put(tmp_path / f"{name}.png")
     (tmp_path / "bare/train/good").mkdir(parents=True)
     put(tmp_path / "file", b"mine")
     (tmp_path / "used").mkdir()
@@ -158,6 +160,10 @@ def test_data_sets_that_cannot_be_trained_on(tmp_path, run_script):
         (("--data", f"{part}/train"), "part/train/good/0.png: lies in a part of a data set"),
         (("--data", f"{part}/test/dent"), "lies in a part of a data set", "train/good"),
         (("--data", "above"), "lies in a part of a data set"),
+        (("--data", "DAGM"), "Train/0.png: lies in a part of a data set", "normal images alone"),
+        (("--data", "mixed"), "mixed/OK/0.png: lies in a part of a data set"),
+        (("--data", "marked"), "marked/0_GT.png: it or 0.png has the name of a mask"),
+        (("--data", "named"), "named: its normal images belong into train/good"),
         (("--data", "bare"), "bare/train/good: no images"),
         (("--data", "lonely"), "lonely: only 1 normal image"),
         (("--data", "broken"), "2.png: not an image", "--skip-bad-images"),
@@ -178,7 +184,7 @@ def test_data_sets_that_cannot_be_trained_on(tmp_path, run_script):
         (("--lr", "inf"), "--lr > 0"),
         (("--checkpoint-every", "nan"), "--checkpoint-every >= 0"),
         (("--map-normalization", "gaussian", "--a", 0.5), "--a and --b belong to"),
-        (("--resume", "used"), "with it go --device and, if the data moved, --data"),
+        (("--resume", "used"), "with it go --device, --skip-bad-images and, if"),
     ):
         command = ("train.py", *TINY, "--steps", 1, *options)
         assert_refused(run_script(*command), *words)
@@ -205,6 +211,10 @@ def test_bad_images_are_left_out_of_training(tmp_path, run_script):
     skipped = info["skipped_images"]
     assert (tmp_path / "o/skipped.txt").read_text().splitlines() == skipped
     assert "part/train/good/2.png" in skipped[0] and "photos/" in skipped[-1]
+    put(tmp_path / "part/train/good/2.png")
+    command = ("train.py", "--data", "part", *options[:-1], "--out", "cut")
+    assert_refused(run_script(*command), "photos/", "or leave such files out")
+    assert run_script("train.py", "--resume", "cut", "--skip-bad-images")[0] == 0
 
 
 def test_masks_that_cannot_be_used(tmp_path, run, run_script):

@@ -1,6 +1,7 @@
 """Image decoding, data sets and their layouts, appearances, the demo set."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -165,7 +166,9 @@ def test_mvtec_layout(tmp_path):
         save(root / f"{name}.png")
     for i in range(2):
         save(root / f"test/broken/{i:03d}.png")
-        save(root / f"ground_truth/broken/{i:03d}_mask.png", RAMP > 250 - i)
+        ending = (".png", ".BMP")[i]
+        save(root / f"ground_truth/broken/{i:03d}_mask{ending}", RAMP > 250 - i)
+        save(root / f"ground_truth/broken/{i:03d}.png")  # a copy of the photo
     category = open_category(root)
     assert (category.name, category.layout) == ("bottle", "mvtec")
     assert contents(category) == {"broken/000": 5, "broken/001": 6, "good/000": 0}
@@ -173,9 +176,14 @@ def test_mvtec_layout(tmp_path):
     assert (len(train), len(validation)) == (18, 2)
     assert sorted(train + validation) == category.train and category.split(0)[0] == train
     assert any(category.split(seed)[1] != validation for seed in range(1, 5))
-    save(root / "test/overall/000.png")
-    with pytest.raises(DataError, match="test/overall: .*rename"):
-        open_category(root)
+    for name in ("overall", "OK"):
+        save(root / f"test/{name}/000.png")
+        with pytest.raises(DataError, match=f"test/{name}: .*rename"):
+            open_category(root)
+        shutil.rmtree(root / f"test/{name}")
+    (root / "test").rename(root / "test_public")  # MVTec AD 2
+    (root / "ground_truth").rename(root / "test_public/ground_truth")
+    assert contents(open_category(root)) == {"broken/000": 5, "broken/001": 6, "good/000": 0}
 
 
 def test_loco_layout(tmp_path):
@@ -195,6 +203,9 @@ def test_loco_layout(tmp_path):
     assert contents(category) == {"good/000": 0, "logical_anomalies/007": 16}  # the masks' union
     regions = category.regions(category.test[1], (16, 16))
     assert [(int(mask.sum()), saturation) for mask, saturation in regions] == [(8, 4), (8, 7)]
+    (root / "defects_config.json").unlink()
+    with pytest.raises(DataError, match="007_mask.png is missing; copy defects_config.json"):
+        open_category(root)
 
 
 def test_visa_layouts(tmp_path):

@@ -72,6 +72,8 @@ def test_resumed_equals_uninterrupted(more, photos, run_script, tmp_path, interr
         status, _, err = run_script(*resume)
     assert status == 130 and "nothing saved yet" in err and "after 5 steps; go on with" in err
     assert not (tmp_path / "cut.pt").exists()
+    optimizers = read_checkpoint(tmp_path / "cut.pt.resume")["optimizers"]  # Adam and, or not, Muon
+    assert {o["param_groups"][0]["full_lr"] for o in optimizers} == {1e-3}
     assert_refused(run_script(*resume, "--seed", 1), "cut.pt.resume: made with other options")
     put(tmp_path / "photos/new.png")
     assert_refused(run_script(*resume), "photos: other photos than when the run began; put them")

@@ -195,11 +195,12 @@ def test_processes_share_the_runs(loco, run_script, made, monkeypatch, tmp_path)
 
 
 def test_bad_options_get_one_line(loco, run_script, tmp_path):
-    one = loco / "pushpins"
+    one, photos = loco / "pushpins", ("--pretraining-images", loco)
     for case, message in (
         (("--data", loco, "--categories", "a,b"), "no category a, b; it has: pushpins, screw_bag"),
         (("--data", one, "--categories", "a"), "has no category a; it has: none"),
-        (("--data", loco, "--ablation", "--pretraining-images", loco), "takes one category"),
+        (("--data", loco, "--ablation", *photos), "takes one category"),
+        (("--data", one, "--ablation", *photos, "--minutes", 1), "--ablation takes --steps"),
         (("--data", loco, "--seeds", "0,1", "--seed", 2), "--seed or --seeds"),
         (("--data", one, "--ablation"), "--ablation chooses"),  # `STEP` has no penalty
         (("--data", one, "--model", "simplenet"), "unrecognized arguments: --pretraining-images"),

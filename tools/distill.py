@@ -76,7 +76,7 @@ class Options:
     )
     statistics_images: int = option(10000, "views that normalize the features")
     cache_gib: float = option(8.0, "a host's memory for decoded photos")
-    precision: str = option("bf16", "precision of the step", choices=["bf16", "fp32"])
+    precision: str = option("bf16", "of the step; the paper names none", choices=["bf16", "fp32"])
     device: str | None = option(None, "cuda or cpu; default cuda if there is one")
     seed: int = option(0, "seed of all random choices")
     out: str | None = option(None, "default runs/distill-SIZE/teacher_SIZE.pt", metavar="FILE")
@@ -199,7 +199,7 @@ class Distillation:
             load_teacher(self.pdn, options.size, options.start)
         self.pdn.to(device, memory_format=torch.channels_last)
         matrices = kernels_of(self.pdn) if options.optimizer == "muon" else []
-        self.optimizers = make_optimizers(self.pdn.parameters(), matrices, options.lr)
+        self.optimizers = make_optimizers(self.pdn.parameters(), options.lr, matrices, options.lr)
         constants = (IMAGENET_MEAN, IMAGENET_STD)  # copied once: a copy in each step would wait
         self.imagenet = [torch.tensor(v, device=device).view(1, 3, 1, 1) for v in constants]
 

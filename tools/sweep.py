@@ -269,6 +269,8 @@ def main(argv: list[str] | None = None) -> None:
     if sweep.ablation and (chosen or given.get("pretraining_images") == "none"):
         names = "--p-hard, --a, --b, --map-normalization"
         parser.error(f"--ablation chooses {names} and the penalty by itself")
+    if sweep.ablation and "minutes" in given:
+        parser.error("--ablation takes --steps: its runs are compared after the same number")
     if sweep.ablation and sweep.model != "efficientad":
         parser.error("--ablation trains EfficientAD")
     if "resume" in given or (sweep.seeds and "seed" in given):
