@@ -106,8 +106,8 @@ class Images:
     """The images of `paths` by index, as uint8 arrays 3×H×W of one size. They are decoded on first
     use and kept while they fit into `cache_bytes`. With `zoom` 2 each is resized to 2H×2W and its
     centre is cut out, as the pretraining images are. One that cannot be read raises DataError; with
-    `skip_bad` the next one takes its place. `appearances` of those decoded so far are by index too,
-    and `errors` of those that cannot be read, by the index before `check`."""
+    `skip_bad` the next one takes its place. `appearances` of those decoded so far (without zoom)
+    are by index too, and `errors` of those that cannot be read, by the index before `check`."""
 
     def __init__(self, paths: list[Path], size: Size, zoom=1, cache_bytes=2**32, skip_bad=False):
         self.paths, self.size, self.zoom = list(paths), size, zoom
@@ -133,7 +133,7 @@ class Images:
         raise DataError(f"none of {len(self)} images can be read; the last: {self.errors[i]}")
 
     def _keep(self, index: int, image: Image.Image) -> np.ndarray:
-        if index not in self.appearances:
+        if self.zoom == 1 and index not in self.appearances:  # of photos it is not used
             self.appearances[index] = appearance_of(image)
         (height, width), zoom = self.size, self.zoom
         array = to_array(image, (height * zoom, width * zoom))

@@ -29,6 +29,7 @@ from support.data import Images, PhotographCrops, list_images
 from support.graphs import Graphed, beside, side_stream
 
 KEPT_BYTES = 2 * 2**30  # on the device, each: decoded training images, teacher outputs for them
+THREADS = max(4, min(12, (os.cpu_count() or 1) - 2))  # that decode
 
 # ------------------------------------------------------------------------------ order of batches
 
@@ -51,7 +52,7 @@ def shuffled(images: Sequence, step: int, batch_size: int, *seed: int) -> Tensor
     return torch.from_numpy(np.stack(batch))  # by numpy: torch would start threads in each thread
 
 
-def in_threads(function: Callable, arguments: range, threads: int = 4) -> Iterator:
+def in_threads(function: Callable, arguments: range, threads: int = THREADS) -> Iterator:
     """function(i) for each i in turn, computed by threads a little before it is wanted."""
     with ThreadPoolExecutor(threads) as pool:
         pending = [pool.submit(function, i) for i in arguments[: 2 * threads]]
@@ -253,9 +254,10 @@ def steps_until(
         moments.append(time.time())
     calibration, on_cpu = 0.0, copy.deepcopy(model).cpu() if device.type == "cuda" else model
     for m, passes in ((model, 1), (on_cpu, 2)):  # the latter for int8
-        begun = time.time()
-        with torch.no_grad():
-            m.raw_maps(image.to(m.threshold.device))[0].cpu()
+        for _ in range(2):  # the first pass prepares: a GPU tunes its convolutions for seconds
+            begun = time.time()
+            with torch.no_grad():
+                m.raw_maps(image.to(m.threshold.device))[0].cpu()
         calibration += passes * len(validation) * (time.time() - begun)
     step = (moments[-1] - moments[4]) / (len(moments) - 5)  # the first ones are slow
     return max(1, int((end - calibration - time.time()) / step))
@@ -280,7 +282,7 @@ class Step:
 
     def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         for name, x in batch.items():
-            x = x.pin_memory() if self.device.type == "cuda" and not x.is_cuda else x
+            x = x.contiguous().pin_memory() if self.device.type == "cuda" and not x.is_cuda else x
             if name not in self.buffers:
                 self.buffers[name] = torch.empty_like(x, device=self.device)
             self.buffers[name].copy_(x, non_blocking=True)

@@ -209,8 +209,8 @@ def test_steps_until(monkeypatch):
         return take(1, {"hard": torch.zeros(())})
 
     model.raw_maps = lambda _: take(2, (torch.zeros(1),))
-    for end, images, steps in ((500, 1, 500 - 6 - 19), (500, 9, 500 - 54 - 19), (0, 1, 1)):
-        now[0] = 0  # 19 seconds: 15 steps, and two passes of the model
+    for end, images, steps in ((500, 1, 500 - 6 - 23), (500, 9, 500 - 54 - 23), (0, 1, 1)):
+        now[0] = 0  # 23 seconds: 15 steps, and four passes of the model
         assert steps_until(end, take_step, model, [image] * images) == steps
 
 

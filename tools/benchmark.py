@@ -135,7 +135,8 @@ def milliseconds(function: Callable, device: torch.device) -> float:
         return take_turns({"": function}, 0.2)[""]["median ms"]
     from triton.testing import do_bench_cudagraph
 
-    return do_bench_cudagraph(function, rep=50, return_mode="median")
+    with torch.cuda.device(device):  # the graph's stream is on the current one
+        return do_bench_cudagraph(function, rep=50, return_mode="median")
 
 
 def matrix_products(device: torch.device) -> dict[str, float]:

@@ -37,7 +37,7 @@ def command(*words: object) -> None:
 def correctness(tests: str, log: Path, device: torch.device, seconds: float) -> dict:
     """The checks of the kernels, or a file's tests that have a GPU or compare with it. `log` gets
     what pytest says; the result is its last line, and what fails."""
-    words = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", tests]
+    words = [sys.executable, "-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider", tests]
     kernels = "kernel_checks" in tests
     words += [] if kernels else ["-k", "gpu or cuda or graph or captured"]
     environment = os.environ | {"COLUMNS": "250"}  # else pytest cuts the reasons
@@ -51,8 +51,9 @@ def correctness(tests: str, log: Path, device: torch.device, seconds: float) -> 
         except subprocess.TimeoutExpired:
             end = f"longer than {seconds:.0f} s: "
     lines = log.read_bytes()[begin:].decode(errors="replace").strip().splitlines() or ["nothing"]
-    failed = [line[:200] for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return {tests: end + "; ".join([lines[-1], *failed[:9]])}
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]  # with reasons
+    failed = failed or [line for line in lines if " FAILED" in line or " ERROR" in line]
+    return {tests: end + "; ".join([lines[-1], *(line[:200] for line in failed[:9])])}
 
 
 def training(device: torch.device) -> dict:
