@@ -161,11 +161,10 @@ def train(options: Options, began: float | None = None) -> Path:
         load_teacher(model.teacher, options.size, options.teacher)
         if short:
             training.start_from_teacher(model)
-        each = training.one_by_one(data["images"], device, "teacher statistics")
-        with torch.autocast(device.type, torch.bfloat16, short and options.precision == "bf16"):
+            training.keep_teacher_outputs(model, data, options.precision, fit=True)
+        else:
+            each = training.one_by_one(data["images"], device, "teacher statistics")
             model.fit_teacher_statistics(each)
-        if short:
-            training.keep_teacher_outputs(model, data, options.precision)
     if options.steps is None:
         options.steps = 10**6  # of the copy that measures
         trial = copy.deepcopy(model)

@@ -3,6 +3,7 @@ one student pass, kept teacher outputs, fixed buffers and a CUDA graph."""
 
 import copy
 import ctypes
+import itertools
 import math
 import os
 import time
@@ -203,20 +204,22 @@ def known_losses(batch: dict[str, Tensor], model: EfficientAD) -> dict[str, Tens
 
 @torch.no_grad()
 def teacher_outputs(model: EfficientAD, batches: Iterable[Tensor], precision: str) -> Tensor:
-    """`teacher_features` of batches of images as a training step computes them, N×h×w×384; those of
-    a bf16 step are kept as fp16."""
-    outputs, dtype = [], torch.float32 if precision == "fp32" else torch.float16
-    for batch in batches:
-        with torch.autocast(batch.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            output = model.teacher_features(model.normalize(batch)).permute(0, 2, 3, 1)
-        outputs.append(output.to(dtype).contiguous())
-    return torch.cat(outputs)
+    """`teacher_features` of batches of images as a training step computes them, N×h×w×384."""
+    with torch.autocast(model.threshold.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return kept((model.teacher_features(model.normalize(x)) for x in batches), precision)
 
 
-def keep_teacher_outputs(model: EfficientAD, data: dict, precision: str) -> None:
+def kept(features: Iterable[Tensor], precision: str) -> Tensor:
+    """Features N×C×h×w as N×h×w×C, those of a bf16 step in fp16."""
+    dtype = torch.float32 if precision == "fp32" else torch.float16
+    return torch.cat([x.permute(0, 2, 3, 1).to(dtype).contiguous() for x in features])
+
+
+def keep_teacher_outputs(model: EfficientAD, data: dict, precision: str, fit=False) -> None:
     """Add to the data of a training `teacher`, the teacher's outputs for its images, if they take
     no more than KEPT_BYTES. Recipe short: `known`, as many of the images as there is room for,
-    evenly spread, and `known_teacher`. What is there already stays."""
+    evenly spread, and `known_teacher`. What is there already stays. With `fit`, of recipe short,
+    the same passes set the teacher's mean and deviation; they see all images."""
     images, device = data["images"], model.threshold.device
     size = CHANNELS * math.prod(model.map_size) * (4 if precision == "fp32" else 2)
     every, name = math.ceil(len(images) / max(1, KEPT_BYTES // size)), "teacher"
@@ -226,8 +229,21 @@ def keep_teacher_outputs(model: EfficientAD, data: dict, precision: str) -> None
         chosen = [torch.as_tensor(images[i]) for i in range(0, len(images), every)]
         data["known"] = images = torch.stack(chosen).to(device)
         name = "known_teacher"
-    each = one_by_one(images, device, "teacher outputs")
-    data[name] = teacher_outputs(model, each, precision)
+    each = one_by_one(data["images"] if fit else images, device, "teacher outputs")
+    if not fit:
+        data[name] = teacher_outputs(model, each, precision)
+        return
+    outputs, passes = [], itertools.count()
+
+    def keep(module: nn.Module, x: tuple, output: Tensor) -> None:
+        if next(passes) % every == 0:
+            outputs.append(output)
+
+    with model.teacher.register_forward_hook(keep):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            model.fit_teacher_statistics(each)
+    raw = (outputs.pop(0) for _ in range(len(outputs)))  # they may be large
+    data[name] = kept(((x - model.teacher_mean) / model.teacher_std for x in raw), precision)
 
 
 def start_from_teacher(model: EfficientAD) -> None:

@@ -128,8 +128,12 @@ def test_recipe_shorts_step(demo_images, trained, monkeypatch):
     room for two of five. It learns without dropout."""
     model = trained(0, shared_stem=True)
     monkeypatch.setattr(support.training, "KEPT_BYTES", 2 * 384 * 24 * 24 * 4)
-    data = {"images": demo_images[:5], "photos": None}
+    data, fitted = {"images": demo_images[:5], "photos": None}, trained(0, shared_stem=True)
+    keep_teacher_outputs(fitted, same := {**data}, "fp32", fit=True)
+    model.fit_teacher_statistics(demo_images[:5].split(1))
     keep_teacher_outputs(model, data, "fp32")
+    assert torch.equal(fitted.teacher_std, model.teacher_std)
+    assert torch.equal(same["known_teacher"], data["known_teacher"])
     assert torch.equal(data["known"], demo_images[[0, 3]])
     x = model.normalize(data["known"])
     expected = autoencoder_loss(model.teacher_features(x), model.eval().autoencoder(x))
