@@ -271,8 +271,9 @@ def steps_until(
     some steps to time them."""
     image, device = torch.as_tensor(validation[0])[None], model.threshold.device
     moments, share = [], 0.02 * (end - time.time())
-    while len(moments) < 15 or moments[-1] - moments[4] < share:
-        sum(take_step(len(moments)).values()).item()
+    while len(moments) < 3 or moments[-1] - moments[0] < share:
+        losses = [take_step(5 * len(moments) + i) for i in range(5)][-1]
+        sum(losses.values()).item()  # a GPU is waited for now and then only, as in training
         moments.append(time.time())
     calibration, on_cpu = 0.0, copy.deepcopy(model).cpu() if device.type == "cuda" else model
     for m, passes in ((model, 1), (on_cpu, 2)):  # the latter for int8
@@ -281,7 +282,7 @@ def steps_until(
             with torch.no_grad():
                 m.raw_maps(image.to(m.threshold.device))[0].cpu()
         calibration += passes * len(validation) * (time.time() - begun)
-    step = (moments[-1] - moments[4]) / (len(moments) - 5)  # the first ones are slow
+    step = (moments[-1] - moments[0]) / 5 / (len(moments) - 1)  # the first ones are slow
     return max(1, int((end - calibration - time.time()) / step))
 
 
