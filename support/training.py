@@ -205,8 +205,14 @@ def known_losses(batch: dict[str, Tensor], model: EfficientAD) -> dict[str, Tens
 @torch.no_grad()
 def teacher_outputs(model: EfficientAD, batches: Iterable[Tensor], precision: str) -> Tensor:
     """`teacher_features` of batches of images as a training step computes them, N×h×w×384."""
-    with torch.autocast(model.threshold.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        return kept((model.teacher_features(model.normalize(x)) for x in batches), precision)
+
+    def features() -> Iterator[Tensor]:
+        for batch in batches:
+            with torch.autocast(batch.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                output = model.teacher_features(model.normalize(batch))
+            yield output
+
+    return kept(features(), precision)
 
 
 def kept(features: Iterable[Tensor], precision: str) -> Tensor:
