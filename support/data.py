@@ -20,7 +20,9 @@ warnings.filterwarnings("ignore", module=r"PIL\b")  # `_open_image` says what ma
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 NORMAL = {"good", "normal", "ok"}  # names of folders, in whatever case
 OTHERS = {"abnormal", "anomaly", "anomalies", "bad", "defect", "defective", "defects", "ko", "ng"}
-OTHERS |= {"ground_truth", "label", "labels", "mask", "masks", "test", "test_public", "train"}
+OTHERS |= {"ground_truth", "label", "labels", "mask", "masks", "test", "train"}
+OTHERS |= {f"test_{part}" for part in ("public", "private", "private_mixed")}  # MVTec AD 2
+MASKS = SUFFIXES - {".jpg", ".jpeg", ".webp"}  # those blur a mask's edge
 MASK_ENDING = re.compile("_(mask|gt|label)$", re.IGNORECASE)
 Size = tuple[int, int]  # (H, W)
 
@@ -299,14 +301,17 @@ def open_category(data: str | Path) -> Category:
         raise DataError(f"{root}: holds several categories; choose one: {categories}")
     parts, paths, images = OTHERS - {"train"}, list_images(root, recursive=True), {}
     inside = any(p.name in parts and (p.parent / "train").is_dir() for p in (place, place.parent))
+    alone = len({path.relative_to(root).parts[0] for path in paths}) == 1  # ok/, and nothing else
+    normal = {"good"} if alone else NORMAL
     remedy = "--data takes normal images alone, or a category's folder, which holds train/good"
     for path in paths:  # defects and masks must not pass for normal images
         folders = [folder.lower() for folder in path.relative_to(root).parts[:-1]]
-        if inside or OTHERS.intersection(folders) or NORMAL.intersection(folders[:1]):
-            raise DataError(f"{path}: lies in a part of a data set; {remedy}")
+        if inside or OTHERS.intersection(folders) or normal.intersection(folders[:1]):
+            reason = "lies in a part of a data set, by its folder's name"
+            raise DataError(f"{path}: {reason}; {remedy}")
         other = images.setdefault(MASK_ENDING.sub("", str(path.with_suffix(""))), path)
         if other is not path:
-            raise DataError(f"{path}: it or {other.name} has the name of a mask; {remedy}")
+            raise DataError(f"{path}: may be a mask of {other.name}, or that of it; rename one")
     return Category(name, "folder", root, paths)
 
 
@@ -335,7 +340,7 @@ def _mvtec_test(root: Path, loco: bool) -> list[Sample]:
         if folder.name != "good" and folder.name.lower() in NORMAL:
             raise DataError(f"{folder}: the folder of normal images has the name good; rename it")
         files = (truth / folder.name).glob("[!.]*")
-        known = {file.stem: file for file in files if file.suffix.lower() in SUFFIXES}
+        known = {file.stem: file for file in files if file.suffix.lower() in MASKS}
         for path in list_images(folder):
             own = truth / folder.name / path.stem
             masks = [known[n] for n in (f"{path.stem}_mask", path.stem) if n in known][:1]

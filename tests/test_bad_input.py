@@ -149,7 +149,7 @@ def test_data_sets_that_cannot_be_trained_on(tmp_path, run_script):
     put(tmp_path / "above/mvtec/part/test/dent/0.png")
     put(tmp_path / "checked/validation/good/0.png", b"")
     put(tmp_path / "lonely/train/good/0.png")
-    for name in ("DAGM/Train/0", "named/train/ok/0", "marked/0", "marked/0_GT", "mixed/OK/0"):
+    for name in "DAGM/Train/0 named/train/ok/0 marked/0 marked/0_GT mixed/OK/0 mixed/1".split():
         put(tmp_path / f"{name}.png")
     (tmp_path / "bare/train/good").mkdir(parents=True)
     put(tmp_path / "file", b"mine")
@@ -162,7 +162,7 @@ def test_data_sets_that_cannot_be_trained_on(tmp_path, run_script):
         (("--data", "above"), "lies in a part of a data set"),
         (("--data", "DAGM"), "Train/0.png: lies in a part of a data set", "normal images alone"),
         (("--data", "mixed"), "mixed/OK/0.png: lies in a part of a data set"),
-        (("--data", "marked"), "marked/0_GT.png: it or 0.png has the name of a mask"),
+        (("--data", "marked"), "marked/0_GT.png: may be a mask of 0.png"),
         (("--data", "named"), "named: its normal images belong into train/good"),
         (("--data", "bare"), "bare/train/good: no images"),
         (("--data", "lonely"), "lonely: only 1 normal image"),

@@ -242,6 +242,7 @@ def test_folders(tmp_path):
     assert [path.name for path in data.list_images(tmp_path / "photos")] == ["b.png"]
     with pytest.raises(DataError, match="nowhere: no such folder; --data takes"):
         open_category(tmp_path / "nowhere")
+    assert open_category(save(tmp_path / "line/ok/0.png").parents[1]).layout == "folder"
     parts = [save(tmp_path / f"mvtec/{name}/train/good/0.png").parents[2] for name in ("a", "b")]
     save(tmp_path / "mvtec/.cache/train/good/0.png")
     assert data.list_categories(tmp_path / "mvtec") == parts

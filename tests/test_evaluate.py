@@ -397,10 +397,10 @@ def test_many_images_at_flat_memory(work, run, model, tmp_path, monkeypatch):
     for module in (scoring, evaluate):
         monkeypatch.setattr(module, "predict", predict)
         monkeypatch.setattr(module, "read", lambda *_: (Image.new("RGB", (800, 600), "red"), None))
-    paths = [tmp_path / f"{i}.png" for i in range(131)]
+    paths = [tmp_path / f"in/{i}.png" for i in range(131)]
     if work == "score":
         monkeypatch.setattr(scoring.data, "list_images", lambda *_, **__: paths)
-        scoring.score_folder(run, model, tmp_path, False)
+        scoring.score_folder(run, model, tmp_path / "in", False)
     else:
         samples = [Sample(path, "good" if i else "bad", ()) for i, path in enumerate(paths)]
         category = Category("many", "mvtec", tmp_path, [], None, samples)

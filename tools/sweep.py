@@ -112,7 +112,7 @@ def list_jobs(sweep: Options, base: RunOptions) -> list[RunOptions]:
 
 def changed_options(job: RunOptions, known: dict) -> list[str]:
     """What a run was begun with and `job` wants otherwise, in words."""
-    ignored, found = {"out", "resume", "checkpoint_every", "device"}, []
+    ignored, found = {"out", "resume", "checkpoint_every", "device", "skip_bad_images"}, []
     if known.get("device", job.device).split(":")[0] != job.device.split(":")[0]:
         ignored |= BY_DEVICE
     for name, wanted in vars(job).items():
@@ -141,7 +141,9 @@ def train_run(job: RunOptions, train: Callable[[RunOptions], Path]) -> None:
         print(f"{job.out}: finished, skipped", file=sys.stderr)
     else:
         print(f"{job.out}: interrupted, goes on", file=sys.stderr)
-        train(parse_options(type(job), USAGE, ["--resume", job.out, "--device", job.device]))
+        options = ["--resume", job.out, "--device", job.device]
+        options += ["--skip-bad-images"] * job.skip_bad_images
+        train(parse_options(type(job), USAGE, options))
 
 
 def train_all(jobs: list[RunOptions], train: Callable[[RunOptions], Path]) -> None:
