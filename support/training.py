@@ -172,26 +172,20 @@ def fast_losses(
 def short_losses(
     model: EfficientAD, j: Tensor, p: Tensor | None, p_hard: float
 ) -> dict[str, Tensor]:
-    """`EfficientAD.losses` with J in place of I: one pass of the student less. The shared stem is
-    computed once, the student's last layer as far as it is needed."""
-    x, student, last = model.normalize(j), model.student, model.student[-1]
-    (weight, weight_ae), (bias, bias_ae) = last.weight.split(CHANNELS), last.bias.split(CHANNELS)
-
-    def pdns() -> tuple[Tensor, ...]:
-        stem = student.stem(x)
-        teacher, hidden = model.teacher_features(x, stem), student.hidden(stem)
-        return teacher, F.conv2d(hidden, weight, bias), F.conv2d(hidden, weight_ae, bias_ae)
-
-    features, autoencoder = beside(pdns, partial(model.autoencoder, x), side_stream(x.device))
-    teacher, student_j, student_ae = features
+    """`EfficientAD.losses` with J in place of I: one pass of the student less. A stem that teacher
+    and student share is computed once."""
+    x = model.normalize(j)
+    pdns, autoencoder = partial(model.pdn_features, x), partial(model.autoencoder, x)
+    (teacher, student), autoencoder = beside(pdns, autoencoder, side_stream(x.device))
+    student, student_ae = student.split(CHANNELS, 1)
     losses = {
-        "hard": hard_feature_loss(teacher, student_j, p_hard),
+        "hard": hard_feature_loss(teacher, student, p_hard),
         "autoencoder": autoencoder_loss(teacher, autoencoder),
         "student_autoencoder": student_autoencoder_loss(autoencoder, student_ae),
     }
     if p is not None:
-        hidden = student.hidden(student.stem(model.normalize(p, any_size=True)))
-        losses["penalty"] = pretraining_penalty(F.conv2d(hidden, weight, bias))
+        student = model.student(model.normalize(p, any_size=True))
+        losses["penalty"] = pretraining_penalty(student[:, :CHANNELS])
     return losses
 
 
