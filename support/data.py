@@ -1,5 +1,6 @@
 """Images and data sets: MVTec AD, MVTec LOCO, VisA, folders, the demo set. Knows no model."""
 
+import contextlib
 import csv
 import json
 import os
@@ -18,6 +19,7 @@ from support.demo import make_demo
 
 warnings.filterwarnings("ignore", module=r"PIL\b")  # `_open_image` says what matters
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+UNREAD = {".arw", ".avif", ".cr2", ".dng", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".nef", ".raw"}
 NORMAL = {"good", "normal", "ok"}  # names of folders, in whatever case
 OTHERS = {"abnormal", "anomaly", "anomalies", "bad", "defect", "defective", "defects", "ko", "ng"}
 OTHERS |= {"ground_truth", "label", "labels", "mask", "masks", "test", "train"}
@@ -80,8 +82,9 @@ def to_array(image: Image.Image, size: Size) -> np.ndarray:
 def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
     """The image files of a folder, sorted by path, without hidden files and folders. Links are
     followed; a folder is entered once. A link that leads nowhere is listed: reading it says so.
-    Raises DataError if there is no such folder, if one cannot be read, or without an image."""
-    folder, paths, entered = Path(folder), [], set()
+    Photos of other kinds are left out, with a note on stderr. Raises DataError if there is no such
+    folder, if one cannot be read, or without an image."""
+    folder, paths, entered, unread = Path(folder), [], set(), []
     if not folder.is_dir():
         reason = "is a file, not a folder" if folder.is_file() else "no such folder"
         raise DataError(f"{folder}: {reason}")
@@ -97,10 +100,14 @@ def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
         folders[:] = sorted(name for name in folders if name[0] != ".") if recursive else []
         for path in (os.path.join(place, name) for name in names if name[0] != "."):
             usable = os.path.isfile(path) or not os.path.exists(path)  # not a pipe
-            if usable and os.path.splitext(path)[1].lower() in SUFFIXES:
-                paths.append(Path(path))
+            suffix = os.path.splitext(path)[1].lower()
+            if usable and suffix in SUFFIXES | UNREAD:
+                (paths if suffix in SUFFIXES else unread).append(Path(path))
     if not paths:
         raise DataError(f"{folder}: no images ({', '.join(sorted(SUFFIXES))}) in it")
+    if unread:
+        remedy = "save them as .png or .jpg to use them"
+        print(f"note: {min(unread)}: {len(unread)} such files left out; {remedy}", file=sys.stderr)
     return sorted(paths)
 
 
@@ -267,8 +274,11 @@ class Category:
 def any_known(paths: list[Path], fingerprints: list[int]) -> bool:
     """Whether one of the first 20 image files has one of these fingerprints of its pixels, or there
     are none, as older models know none."""
-    images = (read_image(path) for path in paths[:20])
-    return not fingerprints or any(appearance_of(x).fingerprint in fingerprints for x in images)
+    for path in paths[:20]:
+        with contextlib.suppress(DataError):  # a damaged one tells nothing
+            if appearance_of(read_image(path)).fingerprint in fingerprints:
+                return True
+    return not fingerprints
 
 
 def open_category(data: str | Path) -> Category:
@@ -377,6 +387,12 @@ def _open_visa(root: Path, name: str) -> Category:
         raise DataError(f"{table}: missing or damaged; {origin}") from None
     if not train:
         raise DataError(f"{table}: has no training images of '{name}'")
+    masked = any(sample.masks for sample in test)  # without any masks there are no pixel metrics
+    wrong = [sample for sample in train if sample.defect != "good"]
+    wrong += [s for s in test if masked and s.defect != "good" and not s.masks]
+    if wrong:
+        reason = "is an anomaly to train on, or one without a mask; mend its row"
+        raise DataError(f"{table}: {wrong[0].path.name} {reason}")
     test.sort(key=lambda sample: (sample.defect, sample.path))
     return Category(name, "visa", root, sorted({sample.path for sample in train}), None, test)
 

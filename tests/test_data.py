@@ -225,6 +225,11 @@ def test_visa_layouts(tmp_path):
     assert (category.name, category.layout, len(category.train)) == ("candle", "visa", 2)
     assert contents(category) == {"bad/000": 2, "good/002": 0}
     assert data.list_categories(tmp_path / "VisA") == [root]
+    for right, wrong in ((",candle/Data/Masks/Anomaly/000.png", ","), ("test,an", "train,an")):
+        table = "\n".join(lines + [lines[-2].replace("000", "001")])  # another anomaly, of candle
+        put(tmp_path / "VisA/split_csv/1cls.csv", table.replace(right, wrong, 1).encode())
+        with pytest.raises(DataError, match="1cls.csv: 000.JPG is an anomaly .* mend its row"):
+            open_category(root)
 
     other = tmp_path / "visa_pytorch/candle"  # as VisA's own script rearranges it
     for path in ("train/good/0.JPG", "test/good/1.JPG", "test/bad/2.JPG"):
@@ -233,13 +238,17 @@ def test_visa_layouts(tmp_path):
     assert contents(open_category(other)) == {"bad/2": 2, "good/1": 0}
 
 
-def test_folders(tmp_path):
+def test_folders(tmp_path, capfd):
     for name in ("b.png", "sub/a.jpg", ".hidden.png", "sub/.hidden/c.png"):
         save(tmp_path / "photos" / name)
     category = open_category(tmp_path / "photos")
     assert category.layout == "folder" and not category.test
     assert [path.name for path in category.train] == ["b.png", "a.jpg"]
     assert [path.name for path in data.list_images(tmp_path / "photos")] == ["b.png"]
+    assert not capfd.readouterr().err
+    put(tmp_path / "photos/IMG_1.HEIC", b"")
+    assert len(data.list_images(tmp_path / "photos")) == 1
+    assert "IMG_1.HEIC: 1 such files left out; save them as" in capfd.readouterr().err
     with pytest.raises(DataError, match="nowhere: no such folder; --data takes"):
         open_category(tmp_path / "nowhere")
     assert open_category(save(tmp_path / "line/ok/0.png").parents[1]).layout == "folder"

@@ -183,8 +183,10 @@ def test_own_set_in_another_place(model, tiny_demo, run_script, tmp_path, monkey
     info = SimpleNamespace(training_info=checkpoint["training"] | {"appearance": known})
     options = evaluate.Options(data=str(tiny_demo), device="cpu")
     assert not evaluate.find_tests(moved, info, options)[2]  # another set of that name
+    damaged = put(tiny_demo / "train/good/-.png", b"")  # it tells nothing
     known["trained_on"] += [appearance_of(read_image(tiny_demo / "train/good/000.png")).fingerprint]
     assert evaluate.find_tests(moved, info, options)[1:] == (moved, True)
+    damaged.unlink()
     put(moved / "anomaly_maps/tiny/test/good/gone.tiff")
     put(moved / "anomaly_maps/other/test/good/kept.tiff")
     command = ("evaluate.py", "--run", "moved", "--data", tiny_demo, "--out", "elsewhere", *CPU)
