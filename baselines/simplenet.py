@@ -36,12 +36,20 @@ from support.data import load_normal_images
 from support.fast import DTYPES, choose_precision
 from support.graphs import BatchGraphs
 from support.optimizers import cosine, make_adam, set_rate
-from support.options import OptionError, RunOptions, option, parse_options, refuse_several_runs
+from support.options import (
+    OptionError,
+    RunOptions,
+    option,
+    parse_options,
+    pick_device,
+    refuse_several_runs,
+)
 from support.runs import Run, check_free, run_command
 from support.training import Step, batches_of, one_by_one, prepare_torch
 
 CHANNELS, HIDDEN = 1536, 1024  # of a feature, of the discriminator's hidden layer
-EPOCHS, CPU_EPOCHS = 160, 40  # the former is the paper's
+# The first is the paper's; as many steps without a GPU, each on a quarter of the images.
+EPOCHS, CPU_EPOCHS, BATCH, CPU_BATCH = 160, 40, 8, 2
 USAGE = "python -m baselines.simplenet [--data DIR] [options]"
 
 
@@ -259,7 +267,7 @@ class Options(RunOptions):
         None, "its weights; by default the published ones are found", metavar="FILE"
     )
     image_size: list[int] | None = option(None, "H W, or one number; default 329, demo set 128")
-    batch_size: int = option(8, "images a step")
+    batch_size: int | None = option(None, f"images a step; {BATCH}, or {CPU_BATCH} on a CPU")
     epochs: int | None = option(None, f"default {EPOCHS}; {CPU_EPOCHS} without a GPU")
     steps: int | None = option(None, "instead of --epochs")
     lr: float = option(1e-4, "the adaptor's; the discriminator's is twice that")
@@ -271,12 +279,15 @@ class Options(RunOptions):
     layers: list[int] = option([2, 3], "default 2,3", type=integers, nargs=None, metavar="1,2,3")
 
     def __post_init__(self) -> None:
+        cuda = pick_device(self.device).type == "cuda"
+        if self.batch_size is None:
+            self.batch_size = BATCH if cuda else CPU_BATCH
         super().__post_init__()
         self.image_size = self.image_size or ([128, 128] if self.data == "demo" else [329, 329])
         if self.resume:  # checked when the run began
             return
         if self.steps is None and self.epochs is None:
-            self.epochs = EPOCHS if self.device.startswith("cuda") else CPU_EPOCHS
+            self.epochs = EPOCHS if cuda else CPU_EPOCHS
         elif self.steps is not None and self.epochs is not None:
             raise OptionError("give --steps or --epochs")
         self.check_rate(self.lr)

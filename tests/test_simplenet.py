@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import assert_refused, log_of, random_norms, rows_of, same
 from torch import nn
 
-from baselines.simplenet import CachedFeatures, SimpleNet, crop_size
+from baselines.simplenet import CachedFeatures, Options, SimpleNet, crop_size
 from efficientad import ModelError
 from support.backbone import ResNet
 from support.checkpoints import read_checkpoint
@@ -174,7 +174,7 @@ def test_a_backbone_beyond_half_precision(tmp_path):
 @pytest.fixture
 def command(resnet18, tiny_demo):
     options = ("--backbone", "resnet18", "--backbone-weights", resnet18, "--data", tiny_demo)
-    return ("baselines.simplenet", *options, "--image-size", 64, "--batch-size", 2)
+    return ("baselines.simplenet", *options, "--image-size", 64)
 
 
 def test_train_and_evaluate(command, tiny_demo, run_script, tmp_path):
@@ -184,10 +184,11 @@ def test_train_and_evaluate(command, tiny_demo, run_script, tmp_path):
     assert status == 0 and "wrote runs/tiny-simplenet/model.pt" in out, err
     run = tmp_path / "runs/tiny-simplenet"
     log = log_of(run)
-    assert [e["step"] for e in log] == [0, 4]  # 2 epochs of 5 images
+    assert [e["step"] for e in log] == [0, 4]  # 2 epochs of 5 images, 2 a step
     assert log[0].keys() == {"step", "lr", "real", "fake"} and log[0]["lr"] == log[1]["lr"] == 3e-4
     model = SimpleNet.load(str(run / "model.pt"))
     assert model.training_info["epochs"] == 2 and model.training_info["steps"] == 5
+    assert Options(device="cpu").epochs == 40
     assert model.threshold.item() == model.training_info["scores"][-1]  # for p-values
     assert model.config["layers"] == (1, 3) and not model.config["adaptor"]
     assert model.noise == 0.02

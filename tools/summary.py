@@ -82,8 +82,9 @@ def variant(training: dict) -> str:
 
 def describe(training: dict) -> str:
     """A run's "training" -> model and length. SimpleNet's steps depend on the category."""
-    epochs, steps = training.get("epochs"), training["steps"]
-    return f"{label(training)}, " + (f"{epochs} epochs" if epochs else f"{steps} steps")
+    epochs, steps, batch = (training.get(key) for key in ("epochs", "steps", "batch_size"))
+    length = f"{epochs} epochs" + f" in batches of {batch}" * bool(batch)
+    return f"{label(training)}, " + (length if epochs else f"{steps} steps")
 
 
 def spread(values: list[float]) -> dict:
