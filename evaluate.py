@@ -10,7 +10,6 @@ mask and each map) and, with --tiff, anomaly_maps/ as the official evaluation sc
 and MVTec LOCO read them. A folder of runs: python -m tools.sweep --evaluate DIR.
 """
 
-import shlex
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,12 +28,14 @@ from support.checkpoints import load_model
 from support.fast import PRECISIONS
 from support.options import OptionError, option, parse_options, pick_device, share
 from support.recalibration import recalibrate
-from support.runs import fingerprint, lock, remove_leftovers, run_command, write
+from support.runs import find_run, fingerprint, lock, remove_leftovers, run_command, write
 from support.scoring import fast_form, predict, read, read_back, resize, score_folder
 from support.tiling import TiledEfficientAD
 
 GOES_WITH = {"data": [""], "tiff": [""], "skip_bad_images": ["images", "accept"], "yes": ["accept"]}
 GOES_WITH |= {"out": ["images", ""], "false_alarms": ["images"], "precision": ["images"]}
+REPORTED = "recipe steps epochs schedule batch_size lr seed precision category data teacher".split()
+REPORTED += "p_hard pretraining_images map_normalization a b accepted".split()
 
 
 @dataclass
@@ -73,14 +74,6 @@ class Options:
             if mode not in modes and getattr(self, name) != getattr(Options, name):
                 where = "with --" + " or --".join(modes) if "" not in modes else f"without --{mode}"
                 raise OptionError(f"--{name.replace('_', '-')} goes {where}")
-
-
-def newest_run() -> Path:
-    """The run in runs/, or in a collection's folder there, that was trained last."""
-    models = [*Path("runs").glob("[!.]*/model.pt"), *Path("runs").glob("[!.]*/[!.]*/model.pt")]
-    if not models:
-        raise data.DataError("runs/: no trained model; run train.py first, or name one with --run")
-    return max(models, key=lambda path: path.stat().st_mtime).parent
 
 
 def load_run(run: Path, device: str | torch.device) -> nn.Module:
@@ -161,24 +154,22 @@ def evaluate(run: Path, model: nn.Module, options: Options) -> dict:
         entry |= {key: by_limit[limit], f"{key}_by_limit": by_limit}
 
     # Write: tables, scores, the page.
-    known = "recipe steps epochs seed precision category data p_hard pretraining_images".split()
-    training = {"model": model.format, **model.config, **{k: info.get(k) for k in known}}
-    n = info.get("validation_images")
+    training = {"model": model.format, **model.config, **{k: info.get(k) for k in REPORTED}}
+    n, known = info.get("validation_images"), info.get("appearance", {})
     expected, bound = metrics.false_alarms(n) if n else (None, None)
     promise = {"expected_false_alarms": expected, "upper_bound_95": bound}
     results |= {"training": training, "floor": scale[0], "own_data": own_data}
     results["calibration"] = {"validation_images": n, **promise}
-    results["drift"] = drift(looks, info.get("appearance", {}))
+    results["drift"] = drift(looks, known)
+    seen = {*known.get("trained_on", []), *known.get("accepted", [])}
+    results["seen"] = sum(look.fingerprint in seen for look in looks)
     report.write_results(folder, results, entries, curves)
     return results
 
 
 def main(argv: list[str] | None = None) -> None:
     options = parse_options(Options, "python evaluate.py [--run DIR] [options]", argv)
-    run = Path(options.run) if options.run else newest_run()
-    if not (run / "model.pt").exists() and any(run.glob("*/model.pt")):
-        command = f"python -m tools.sweep --evaluate {shlex.quote(str(run))}"
-        raise data.DataError(f"{run}: is a folder of runs. Use: {command}")
+    run = find_run(options.run)
     model = load_run(run, options.device)
     place = Path(options.out) if options.out else run
     place.mkdir(parents=True, exist_ok=True)

@@ -49,6 +49,7 @@ def recalibrate(run: Path, model: nn.Module, folder: Path, confirmed: bool, skip
     while (run / f"model-{number}.pt").exists():
         number += 1
     write(run / f"model-{number}.pt", (run / "model.pt").read_bytes())
+    had_int8 = "int8" in info
     if isinstance(model, EfficientAD):
         how = info.get("map_normalization", "quantile"), info.get("a", 0.9), info.get("b", 0.995)
         scores = calibrate(model, images, *how)
@@ -56,7 +57,7 @@ def recalibrate(run: Path, model: nn.Module, folder: Path, confirmed: bool, skip
         batches = one_by_one(images, model.threshold.device, "calibration")
         scores = model.calibrate(batches).tolist()
         info["scores"] = sorted(scores)
-    kept = {"trained_on": sorted(trained_on)}
+    kept = {"trained_on": sorted(trained_on), "accepted": sorted(a.fingerprint for a in looks)}
     info |= {"validation_images": len(images), "accepted": str(folder.resolve())}
     info["appearance"] = appearance_range(looks) | kept
     write_checkpoint(model.cpu().checkpoint(), run / "model.pt")
@@ -67,5 +68,7 @@ def recalibrate(run: Path, model: nn.Module, folder: Path, confirmed: bool, skip
             changed += 1
             print(f"{path.relative_to(folder)}: {old} -> {new}")
     print(f"{changed} of {len(images)} verdicts change")
+    if had_int8 and "int8" not in info:
+        print("note: int8 is not calibrated: that takes a CPU with VNNI", file=sys.stderr)
     print(f"threshold {threshold:.4f}: {threshold_meaning(len(images))}")
     print(f"wrote {run / 'model.pt'}; the former one is model-{number}.pt")

@@ -60,7 +60,7 @@ def lock(path: Path) -> BinaryIO:
     except OSError as error:
         if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise
-        remedy = "make it writable, or name another folder with --out"
+        remedy = "make it writable, or take another folder"
         raise DataError(f"{path.parent}: cannot be written; {remedy}") from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -167,6 +167,29 @@ class LossCheck:
             step += 1 - len(finite) + finite.index(False)
             remedy = "lower --lr or use --precision fp32"
             raise ModelError(f"{self.place}: step {step}: the loss is not finite; {remedy}")
+
+
+def find_run(folder: str | None) -> Path:
+    """The run in a folder; by default that in runs/, or in a collection's folder there, whose model
+    was written last, and a line on stderr names it. Raises DataError if none is complete."""
+    if folder:
+        run, name = Path(folder), shlex.quote(folder)
+        if not (run / "model.pt").exists() and any(run.glob("*/model.pt")):
+            command = f"python -m tools.sweep --evaluate {name}"
+            raise DataError(f"{run}: is a folder of runs. Use: {command}")
+        if not (run / "model.pt").exists() and (run / "resume.pt").exists():
+            remedy = f"go on with: python train.py --resume {name}"
+            raise DataError(f"{run}: not trained to the end; {remedy}")
+        return run
+    files = [path for depth in ("", "[!.]*/") for path in Path("runs").glob(f"[!.]*/{depth}*.pt")]
+    files.sort(key=lambda path: path.stat().st_mtime)
+    models = [path for path in files if path.name == "model.pt"]
+    if not models:
+        raise DataError("runs/: no trained model; run train.py first, or name one with --run")
+    later = [p for p in files[files.index(models[-1]) :] if p.name == "resume.pt"]
+    unfinished = f"; {later[-1].parent} is not trained to the end" if later else ""
+    print(f"{models[-1].parent}: the newest model{unfinished}", file=sys.stderr)
+    return models[-1].parent
 
 
 def holds_results(folder: Path) -> bool:
@@ -338,10 +361,11 @@ class Run:
 
 
 def threshold_meaning(n: int | None) -> str:
-    """What a threshold promises, in words. No score of the n validation images is above it."""
+    """What a threshold promises, in words. No score of the n images that it was calibrated on is
+    above it."""
     if not n:
-        return "the model does not say how many validation images it was calibrated on"
+        return "the model does not say how many images it was calibrated on"
     expected, bound = (100 * share for share in false_alarms(n))
     promise = f"expect at most {expected:.2g} % false alarms on normal images"
     promise += f", with 95 % confidence less than {bound:.2g} %"
-    return f"no score of {n} validation images is above it: {promise}"
+    return f"no score of {n} held-out images is above it: {promise}"

@@ -106,7 +106,7 @@ def threshold_at(model: nn.Module, rate: float | None) -> tuple[float, str]:
     except ValueError as error:
         raise ModelError(f"--false-alarms: {error}; choose a higher share") from None
     share = f"at most {100 * rate:g} % false alarms"
-    return threshold, f"expect {share}, by {len(known)} validation images"
+    return threshold, f"expect {share}, by {len(known)} held-out images"
 
 
 def score_folder(
@@ -163,9 +163,9 @@ def score_folder(
     content |= {"floor": scale[0], "threshold": threshold}
     report.write_scores(place, [[*header, "unlike_training"], *rows], skipped, content)
     if not known_looks:
-        print("how its training images looked is not in the model: unusual images are not marked")
+        print("how its images looked is not in the model: unusual images are not marked")
     elif change := drift(looks, known_looks):
-        print(f"{change} than the training images: {REMEDY}")
+        print(f"{change} than the known images: {REMEDY}")
     how = [getattr(model, name, "") for name in ("precision", "choice")]
     print(f"{speed:.1f} images/s, {'; '.join(filter(None, how)) or 'fp32'}")
 

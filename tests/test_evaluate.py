@@ -200,7 +200,7 @@ def test_own_set_in_another_place(model, tiny_demo, run_script, tmp_path, monkey
 
     monkeypatch.setattr("support.runs.open", read_only, raising=False)
     result = run_script("evaluate.py", "--run", "moved", "--data", tiny_demo, *CPU)
-    assert_refused(result, "moved: cannot be written; make it writable, or name another")
+    assert_refused(result, "moved: cannot be written; make it writable, or take another")
 
 
 def test_what_cannot_be_evaluated(run, model, tiny_demo, run_script, tmp_path):
@@ -227,8 +227,13 @@ def test_which_run(run, run_script, tmp_path):
     for i, name in enumerate(("old", "set/new")):
         shutil.copytree(run, tmp_path / "runs" / name)
         os.utime(tmp_path / "runs" / name / "model.pt", (1e9 + i, 1e9 + i))
-    assert run_script("evaluate.py", "--images", "photos", *CPU)[0] == 0
+    status, _, err = run_script("evaluate.py", "--images", "photos", *CPU)
+    assert status == 0 and "runs/set/new: the newest model\n" in err
     assert (tmp_path / "runs/set/new/images/scores.csv").exists()
+    put(tmp_path / "runs/cut/resume.pt", b"")
+    assert "runs/cut is not trained to the end" in run_script("evaluate.py", "--data", "-", *CPU)[2]
+    result = run_script("evaluate.py", "--run", "runs/cut", *CPU)
+    assert_refused(result, "runs/cut: not trained to the end; go on with:", "--resume runs/cut")
     result = run_script("evaluate.py", "--run", "runs/set", *CPU)
     assert_refused(result, "runs/set: is a folder of runs", "tools.sweep --evaluate runs/set")
 
@@ -320,7 +325,7 @@ def test_recalibration_on_accepted_images(own, run_script, tmp_path):
     assert_refused(run_script(*command), "0.png (", "like a defect", "--yes")
     assert files(own) == {"model.pt": former, ".lock": b""}
     scored = run_script(*command[:-2], "--images", "good")
-    assert "than the training images: the threshold is not for them" in scored[1], scored[2]
+    assert "than the known images: the threshold is not for them" in scored[1], scored[2]
     status, out, err = run_script(*command, "--yes")
     assert status == 0 and out.count("reject -> ok") == 4, err
     assert "4 of 4 verdicts change" in out and "expect at most 20 % false alarms" in out
@@ -335,6 +340,11 @@ def test_recalibration_on_accepted_images(own, run_script, tmp_path):
     assert info["scores"] == pytest.approx(sorted(scores)) and info["p_hard"] == 0.99
     assert new.threshold.item() >= max(info["scores"]) and info["validation_images"] == 4
     assert info["appearance"]["width"] == [50, 50]
+    for name in ("train/good/0", "test/good/0", "test/good/1", "test/dent/0"):
+        put(tmp_path / f"part/{name}.png")
+    shutil.copy(tmp_path / "good/0.png", tmp_path / "part/test/good/2.png")
+    status, out, err = run_script(*command[:-2], "--data", "part")  # PHOTO was trained on
+    assert status == 0 and "; 3 of these the model was trained or calibrated on" in out, err
     status, out, err = run_script(*command)  # once more: nothing is far above, nothing changes
     assert status == 0 and "0 of 4 verdicts change" in out and (own / "model-2.pt").exists(), err
     put(tmp_path / "good/known.png")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from efficientad import ModelError
-from evaluate import load_run, newest_run
-from support.runs import run_command, write
+from evaluate import load_run
+from support.runs import find_run, run_command, write
 
 
 class Exported(nn.Module):
@@ -76,9 +76,9 @@ def export(model: nn.Module, path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("tools.export", description=__doc__.split("\n")[0])
     parser.add_argument("file", metavar="FILE", type=Path, help="FILE.onnx or FILE.pt2")
-    parser.add_argument("--run", metavar="DIR", type=Path, help="default the newest in runs/")
+    parser.add_argument("--run", metavar="DIR", help="default the newest in runs/")
     options = parser.parse_args(argv)
-    export(load_run(options.run or newest_run(), "cpu"), options.file)
+    export(load_run(find_run(options.run), "cpu"), options.file)
 
 
 if __name__ == "__main__":
