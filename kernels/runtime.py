@@ -1,6 +1,7 @@
 """What the kernels share: Triton if it is installed, their dispatch, and the check of arguments."""
 
 import os
+import warnings
 from functools import lru_cache
 
 import torch
@@ -23,6 +24,22 @@ except ImportError:  # macOS, Windows
 
 
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU
+
+
+@lru_cache(maxsize=8)
+def launches(device: torch.device) -> bool:
+    """Whether Triton can launch kernels on this GPU. Warns if not: it supports none before sm_80,
+    and compiles its launcher with the machine's C compiler and Python's headers."""
+    if INTERPRETED:
+        return True
+    problem = "Triton needs a GPU from sm_80 on"
+    if torch.cuda.get_device_capability(device)[0] >= 8:
+        try:
+            return triton.runtime.driver.active is not None
+        except Exception as error:  # the compiler is missing or fails
+            problem = " ".join(str(error).split()) or type(error).__name__
+    warnings.warn(f"plain torch instead of Triton kernels: {problem}")
+    return False
 
 
 def runs_on(*tensors: Tensor) -> bool:
@@ -51,7 +68,8 @@ def operator(name: str, reference, tma: bool = False):
         def dispatch(*arguments):
             tensors = [x for x in arguments if isinstance(x, Tensor)]
             with torch.cuda.device_of(tensors[0]):
-                can = runs_on(*tensors) and (not tma or has_tma(tensors[0].device))
+                device, can = tensors[0].device, runs_on(*tensors)
+                can = can and launches(device) and (not tma or has_tma(device))
                 return launch(*arguments) if can else reference(*arguments)
 
         schema = torch.library.infer_schema(launch, mutates_args=())

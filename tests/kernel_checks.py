@@ -99,7 +99,7 @@ def test_conv_relu_pool_split():
 
 # ------------------------------------------------------------------------------------- conv_rows
 
-TMA = not GPU or torch.cuda.get_device_capability()[0] >= 9
+TMA = not GPU or MODULES["kernels.runtime"].has_tma(torch.device("cuda"))
 # N, C, O, H, W, kernel size, split
 ROWS = [(2, 64, 128, 7, 8, 3, 0), (1, 64, 256, 5, 6, 4, 128), (2, 128, 128, 3, 4, 1, 0)]
 ROWS += [(1, 64, 384, 6, 70, 3, 128)]

@@ -1,6 +1,7 @@
 """The kernels without a GPU: kernel_checks.py in Triton's interpreter, every shipped configuration
 compiled for three GPU generations, wrong arguments, and efficientad.py without the kernels."""
 
+import contextlib
 import itertools
 import os
 import re
@@ -119,6 +120,27 @@ def check_machine_code(name: str, sass: str, room: tuple[int, int], capability: 
         assert programs >= 4  # channels last
 
 
+def test_plain_torch_where_triton_cannot_launch(monkeypatch):
+    class Drivers:
+        @property
+        def active(self):
+            raise RuntimeError("Failed to find C compiler.")
+
+    runtime, fine = sys.modules["kernels.runtime"], SimpleNamespace(active=object())
+    for drivers, capability, problem in (
+        (fine, (8, 0), None),
+        (fine, (7, 5), "needs a GPU from sm_80 on"),
+        (Drivers(), (9, 0), "Failed to find C compiler"),
+    ):
+        triton = SimpleNamespace(runtime=SimpleNamespace(driver=drivers))
+        monkeypatch.setattr(runtime, "triton", triton)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        runtime.launches.cache_clear()
+        with pytest.warns(match=problem) if problem else contextlib.nullcontext():
+            assert runtime.launches(torch.device("cuda", 0)) == (problem is None)
+    runtime.launches.cache_clear()
+
+
 # fp32 is for checking; the half types compile to much the same code
 SHIPPED = {80: ((torch.float16,), (1,)), 89: ((torch.bfloat16, torch.float32), (1,))}
 SHIPPED[90] = (torch.float16, torch.bfloat16, torch.float32), (1, 16)
@@ -147,7 +169,8 @@ def test_shipped_configurations_compile(capability, shared_kib, monkeypatch, tmp
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     monkeypatch.setattr(JITFunction, "run", compile_only)
-    monkeypatch.setattr(sys.modules["kernels.runtime"], "runs_on", lambda *tensors: True)
+    for name in ("runs_on", "launches"):
+        monkeypatch.setattr(sys.modules["kernels.runtime"], name, lambda *tensors: True)
     for module in (sys.modules["kernels.runtime"], fast_gpu):
         monkeypatch.setattr(module, "has_tma", lambda device: capability >= 90)
     monkeypatch.setattr(fast_gpu.Layer, "by_cudnn", lambda self, x, c: shape_alone(x, c))

@@ -17,6 +17,7 @@ precision. Weights are random: time does not depend on them.
 
 import copy
 import ctypes
+import gc
 import importlib.metadata
 import itertools
 import json
@@ -98,13 +99,15 @@ def environment(device: torch.device) -> dict:
 
 
 def memory(device: torch.device, peak: bool = False) -> float:
-    """MiB in use now or, with `peak`, at most since the last call without it. On a GPU torch's, on
-    a CPU the process's."""
+    """MiB in use now or, with `peak`, at most since the last call without it. On a GPU what torch
+    has reserved, as a CUDA graph's intermediates are, on a CPU the process's."""
     if device.type == "cuda":
         if peak:
-            return torch.cuda.max_memory_allocated(device) / 2**20
+            return torch.cuda.max_memory_reserved(device) / 2**20
+        gc.collect()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device) / 2**20
+        return torch.cuda.memory_reserved(device) / 2**20
     if not peak:
         ctypes.CDLL(None).malloc_trim(0)  # what was freed is given back
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
@@ -276,7 +279,8 @@ def kernels_section(scope: Scope, device: torch.device) -> dict:
                 result = function(*arguments)
                 if not result.requires_grad:
                     return (result,)
-                return result, *torch.autograd.grad(result, arguments[1])
+                # Detached: no node of this stream outlives the call, or a later capture fails.
+                return result.detach(), *torch.autograd.grad(result, arguments[1])
 
             with FlopCounterMode(display=False) as counter:
                 tensors = [x for x in (*arguments, *call(plain)) if isinstance(x, Tensor)]
