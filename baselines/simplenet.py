@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from efficientad import IMAGENET_MEAN, IMAGENET_STD, EfficientAD, ModelError
 from support.backbone import (
     ARCHITECTURES,
+    EFFICIENTNETS,
     PatchFeatures,
     fold_batch_norms,
     load_weights,
@@ -93,6 +94,9 @@ class SimpleNet(nn.Module):
         starts = [(s - c) // 2 for s, c in zip(image_size, self.crop)]
         self.rows, self.columns = (slice(s, s + c) for s, c in zip(starts, self.crop))
         self.patch_features = PatchFeatures(make_trunk(backbone), CHANNELS, CHANNELS, layers)
+        if backbone in EFFICIENTNETS:  # σ is meant for ResNets, whose features spread a 30th as far
+            for i in layers:
+                getattr(self.patch_features, f"pooling{i}").div_(30)
         self.adaptor = nn.Linear(CHANNELS, CHANNELS) if adaptor else nn.Identity()
         hidden, last = nn.Linear(CHANNELS, HIDDEN), nn.Linear(HIDDEN, 1, bias=False)
         norm = nn.BatchNorm1d(HIDDEN)

@@ -11,7 +11,7 @@ from torch import nn
 
 from baselines.simplenet import CachedFeatures, Options, SimpleNet, crop_size
 from efficientad import ModelError
-from support.backbone import ResNet
+from support.backbone import PatchFeatures, ResNet
 from support.checkpoints import read_checkpoint
 from support.data import read_image, to_array
 
@@ -166,6 +166,16 @@ def test_a_backbone_beyond_half_precision(tmp_path):
     torch.save(state | {"conv1.weight": state["conv1.weight"] * 1e9}, tmp_path / "x.pth")
     with pytest.raises(ModelError, match="x.pth: not finite in half precision"):
         small().load_backbone(str(tmp_path / "x.pth"))
+
+
+def test_features_of_lites_spread_like_those_of_resnets():
+    net, images = (
+        SimpleNet(backbone="efficientnet_lite0", image_size=(64, 64)),
+        torch.rand(1, 3, 64, 64),
+    )
+    inputs = net.normalize(images)[:, :, net.rows, net.columns]
+    plain = PatchFeatures(net.patch_features.trunk, 1536, 1536)(inputs)
+    torch.testing.assert_close(30 * net.features(images), plain.permute(0, 2, 3, 1))
 
 
 # ---------------------------------------------------------------------------------------- script
