@@ -65,10 +65,9 @@ class Options(RunOptions):
             check_image_size(tuple(self.image_size))
         except ValueError as error:
             raise OptionError(f"--image-size: {error}") from None
-        if self.minutes is not None and (
-            not 0 < self.minutes < float("inf") or self.steps and not self.resume
-        ):
-            raise OptionError("--minutes takes a number above 0, without --steps")
+        if self.minutes is not None:
+            if not 0 < self.minutes < float("inf") or self.steps and not self.resume:
+                raise OptionError("--minutes takes a number above 0, without --steps")
         if self.steps is None and self.minutes is None:
             self.steps = PAPER_STEPS if self.device.startswith("cuda") else CPU_STEPS
         steps = 1 if self.steps is None else self.steps  # of --minutes: chosen later

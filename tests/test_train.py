@@ -74,13 +74,8 @@ def test_minutes_choose_the_steps(recipe, steps, command, run_script, tmp_path, 
     assert status == 0 and f"recipe {recipe}: {steps} steps of 1" in err
     assert run_script(*command, "p", "--steps", steps)[0] == 0
     assert equal_states(tmp_path / "o/model.pt", tmp_path / "p/model.pt")
-    for options in (
-        ("--minutes", 0),
-        ("--minutes", 1, "--steps", 5),
-        ("--minutes", "nan"),
-        ("--minutes", "inf"),
-    ):
-        result = run_script(*command, "q", *options)
+    for options in ((0,), (1, "--steps", 5), ("nan",), ("inf",)):
+        result = run_script(*command, "q", "--minutes", *options)
         assert_refused(result, "--minutes takes a number above 0, without --steps")
 
 

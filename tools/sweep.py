@@ -45,13 +45,8 @@ ABLATION = {  # the distinct trainings behind tables 3 to 5, by the name of the 
     "no-penalty": {"pretraining_images": "none"},
     "p_hard-0-no-penalty": {"p_hard": 0, "pretraining_images": "none"},
 }
-BY_DEVICE = {
-    "steps",
-    "epochs",
-    "batch_size",
-    "lr",
-    "precision",
-}  # options with defaults that depend on it
+# Options with defaults that depend on the device.
+BY_DEVICE = {"steps", "epochs", "batch_size", "lr", "precision"}
 
 
 @dataclass
