@@ -161,8 +161,8 @@ def evaluate(run: Path, model: nn.Module, options: Options) -> dict:
     results |= {"training": training, "floor": scale[0], "own_data": own_data}
     results["calibration"] = {"validation_images": n, **promise}
     results["drift"] = drift(looks, known)
-    seen = {*known.get("trained_on", []), *known.get("accepted", [])}
-    results["seen"] = sum(look.fingerprint in seen for look in looks)
+    seen = {*known.get("trained_on", []), *known.get("calibrated_on", [])}  # older models: none
+    results["seen"] = sum(look.fingerprint in seen for look in looks) if seen else None
     report.write_results(folder, results, entries, curves)
     return results
 

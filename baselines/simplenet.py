@@ -67,9 +67,10 @@ class SimpleNet(nn.Module):
 
     `backbone`: a name in ARCHITECTURES. `layers`: some of its layers 1, 2, 3. `image_size`: (H, W)
     from 64 on; the network sees the centre, `crop_size`. `adaptor`: False leaves it out. `noise`:
-    σ, for training only. Raises ValueError for an impossible option. Buffers: threshold, the score
-    above which an image is called anomalous (infinite until `calibrate`); floor, an ordinary
-    position's value in a map, where heat colours begin: the validation images' median."""
+    σ, for training only. `scale`: of the features. Raises ValueError for an impossible option.
+    Buffers: threshold, the score above which an image is called anomalous (infinite until
+    `calibrate`); floor, an ordinary position's value in a map, where heat colours begin: the
+    validation images' median."""
 
     format = "simplenet"  # of a checkpoint
     normalize, check_shape = EfficientAD.normalize, EfficientAD.check_shape  # the same for both
@@ -83,20 +84,20 @@ class SimpleNet(nn.Module):
         layers: Sequence[int] = (2, 3),
         adaptor: bool = True,
         noise: float = 0.015,
+        scale: float = 1.0,
     ):
         super().__init__()
         image_size, layers = tuple(image_size), tuple(layers)
         self.config = {"backbone": backbone, "image_size": image_size, "layers": layers}
-        self.config |= {"adaptor": adaptor, "noise": noise}
+        self.config |= {"adaptor": adaptor, "noise": noise, "scale": scale}
         self.training_info: dict = {}  # how it was trained; saved, never used here
         self.graphs: BatchGraphs | None = None  # the fast form's
         self.image_size, self.crop, self.noise = image_size, crop_size(image_size), noise
         starts = [(s - c) // 2 for s, c in zip(image_size, self.crop)]
         self.rows, self.columns = (slice(s, s + c) for s, c in zip(starts, self.crop))
         self.patch_features = PatchFeatures(make_trunk(backbone), CHANNELS, CHANNELS, layers)
-        if backbone in EFFICIENTNETS:  # σ is meant for ResNets, whose features spread a 30th as far
-            for i in layers:
-                getattr(self.patch_features, f"pooling{i}").div_(30)
+        for i in layers:
+            getattr(self.patch_features, f"pooling{i}").mul_(scale)
         self.adaptor = nn.Linear(CHANNELS, CHANNELS) if adaptor else nn.Identity()
         hidden, last = nn.Linear(CHANNELS, HIDDEN), nn.Linear(HIDDEN, 1, bias=False)
         norm = nn.BatchNorm1d(HIDDEN)
@@ -264,6 +265,7 @@ class Options(RunOptions):
     """Train SimpleNet on normal images. The paper's values are the defaults, but for --schedule."""
 
     command = "python -m baselines.simplenet"
+    by_device = RunOptions.by_device | {"epochs", "batch_size"}
     backbone: str = option(
         "wide_resnet50_2", "the frozen trunk", choices=ARCHITECTURES, metavar="NAME"
     )
@@ -318,6 +320,8 @@ def train(options: Options) -> Path:
 
     # The model. Adam learns adaptor and discriminator.
     choices = {"layers": options.layers, "noise": options.noise, "adaptor": not options.no_adaptor}
+    if options.backbone in EFFICIENTNETS:  # σ is meant for ResNets: features spread a 30th as far
+        choices["scale"] = 1 / 30
     model = SimpleNet(backbone=options.backbone, image_size=size, **choices)
     if not options.resume:
         model.load_backbone(options.backbone_weights)

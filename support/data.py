@@ -103,11 +103,12 @@ def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
             suffix = os.path.splitext(path)[1].lower()
             if usable and suffix in SUFFIXES | UNREAD:
                 (paths if suffix in SUFFIXES else unread).append(Path(path))
+    remedy = f"{min(unread)} and others cannot be read: save them as .png or .jpg" if unread else ""
     if not paths:
-        raise DataError(f"{folder}: no images ({', '.join(sorted(SUFFIXES))}) in it")
+        kinds = ", ".join(sorted(SUFFIXES))
+        raise DataError(f"{folder}: {remedy or f'no images ({kinds}) in it'}")
     if unread:
-        remedy = "save them as .png or .jpg to use them"
-        print(f"note: {min(unread)}: {len(unread)} such files left out; {remedy}", file=sys.stderr)
+        print(f"note: {folder}: {len(unread)} photos left out; {remedy}", file=sys.stderr)
     return sorted(paths)
 
 
@@ -274,7 +275,7 @@ class Category:
 def any_known(paths: list[Path], fingerprints: list[int]) -> bool:
     """Whether one of the first 20 image files has one of these fingerprints of its pixels, or there
     are none, as older models know none."""
-    for path in paths[:20]:
+    for path in paths[:20] if fingerprints else []:
         with contextlib.suppress(DataError):  # a damaged one tells nothing
             if appearance_of(read_image(path)).fingerprint in fingerprints:
                 return True
@@ -388,11 +389,13 @@ def _open_visa(root: Path, name: str) -> Category:
     if not train:
         raise DataError(f"{table}: has no training images of '{name}'")
     masked = any(sample.masks for sample in test)  # without any masks there are no pixel metrics
-    wrong = [sample for sample in train if sample.defect != "good"]
-    wrong += [s for s in test if masked and s.defect != "good" and not s.masks]
-    if wrong:
-        reason = "is an anomaly to train on, or one without a mask; mend its row"
-        raise DataError(f"{table}: {wrong[0].path.name} {reason}")
+    for sample in train:
+        if sample.defect != "good":
+            raise DataError(f"{table}: {sample.path.name} is an anomaly to train on; mend its row")
+    for sample in test:
+        if masked and (sample.defect == "good") == bool(sample.masks):
+            reason = "is normal and has a mask" if sample.masks else "is an anomaly without a mask"
+            raise DataError(f"{table}: {sample.path.name} {reason}; mend its row")
     test.sort(key=lambda sample: (sample.defect, sample.path))
     return Category(name, "visa", root, sorted({sample.path for sample in train}), None, test)
 
@@ -405,7 +408,7 @@ class NormalImages:
     training: Images
     validation: Images
     skipped: list[str]  # why images were left out: training images first
-    appearance: dict  # `appearance_range` of all, and "trained_on": training images' fingerprints
+    appearance: dict  # `appearance_range` of all; fingerprints by "trained_on", "calibrated_on"
 
 
 def load_normal_images(data: str, size: Size, seed: int, skip_bad: bool) -> NormalImages:
@@ -424,4 +427,5 @@ def load_normal_images(data: str, size: Size, seed: int, skip_bad: bool) -> Norm
     trained_on, held_out = (list(images.appearances.values()) for images in (training, validation))
     appearance = appearance_range(trained_on + held_out)
     appearance["trained_on"] = sorted(a.fingerprint for a in trained_on)
+    appearance["calibrated_on"] = sorted(a.fingerprint for a in held_out)
     return NormalImages(category, training, validation, skipped, appearance)

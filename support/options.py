@@ -100,6 +100,7 @@ class RunOptions:
     """What every training run has."""
 
     command: typing.ClassVar[str]  # what starts such a run
+    by_device: typing.ClassVar = {"steps", "lr", "precision"}  # their defaults depend on it
     data: str = option("demo", "a category's folder, a folder of normal images, or demo")
     image_size: list[int] | None = option(None, "height and width, or one number for both")
     batch_size: int = option(1, "images in a step")

@@ -57,7 +57,8 @@ def recalibrate(run: Path, model: nn.Module, folder: Path, confirmed: bool, skip
         batches = one_by_one(images, model.threshold.device, "calibration")
         scores = model.calibrate(batches).tolist()
         info["scores"] = sorted(scores)
-    kept = {"trained_on": sorted(trained_on), "accepted": sorted(a.fingerprint for a in looks)}
+    fingerprints = sorted(look.fingerprint for look in looks)
+    kept = {"trained_on": sorted(trained_on), "calibrated_on": fingerprints}
     info |= {"validation_images": len(images), "accepted": str(folder.resolve())}
     info["appearance"] = appearance_range(looks) | kept
     write_checkpoint(model.cpu().checkpoint(), run / "model.pt")

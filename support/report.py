@@ -53,7 +53,7 @@ def explanation(results: dict) -> str:
     observed, images = 100 * results["false_alarms"], results["good_images"]
     text += f"; observed {observed:.3g} % on {images} good test images"
     if results["drift"]:
-        text += f", which are {results['drift']} than the known images"
+        text += f", which are {results['drift']} than the known normal images"
     if seen := results.get("seen"):
         text += f"; {seen} of these the model was trained or calibrated on: take them out"
     return text
@@ -258,16 +258,16 @@ def worst(entries: list[dict], n: int = REPORTED) -> list[dict]:
 def write_scores(folder: Path, rows: list[list], skipped: list[list], content: dict) -> None:
     """Write and print the scores of unlabelled images. `rows`: scores.csv's, the header first; the
     last columns are verdict, whether it is anomalous, and the differences in words from the known
-    images, those of training and validation, or accepted ones. `skipped`: (name, reason) of files
-    that were left out. `content`: of report.html; its "origin" says what the threshold means, its
-    "images" are the `worst`."""
+    normal images: those of training and validation, or accepted ones. `skipped`: (name, reason) of
+    files that were left out. `content`: of report.html; its "origin" says what the threshold means,
+    its "images" are the `worst`."""
     write(folder / "scores.csv", csv_text(rows))
     write(folder / "skipped.csv", csv_text([["image", "reason"], *skipped]))
     images = rows[1:]
     summary = f"{sum(row[-2] for row in images)} of {len(images)} images above the"
     verdicts = [row[-3] for row in images]
     counts = ", ".join(f"{verdicts.count(v)} {v}" for v in reversed(VERDICTS))
-    listed = [["image", "score", "p-value", "verdict", "unlike the known images in"]]
+    listed = [["image", "score", "p-value", "verdict", "unlike normal images in"]]
     for e in content["images"][:LISTED]:
         numbers = ["–" if e[k] is None else f"{e[k]:.3g}" for k in ("score", "p_value")]
         listed.append([e["name"], *numbers, e["verdict"], e["unlike"]])
@@ -276,7 +276,7 @@ def write_scores(folder: Path, rows: list[list], skipped: list[list], content: d
     print(f"{table(listed)}\n\n{content['origin']}")
     unlike = [row for row in images if row[-1]]
     if unlike:
-        what = "images are unlike the known images in size, colour or brightness"
+        what = "images are unlike the known normal images in size, colour or brightness"
         first = f"the first is {unlike[0][0]} ({unlike[0][-1]})"
         print(f"{len(unlike)} of {len(images)} {what}: do not trust their scores; {first}")
     if skipped:

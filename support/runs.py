@@ -183,12 +183,14 @@ def find_run(folder: str | None) -> Path:
         return run
     files = [path for depth in ("", "[!.]*/") for path in Path("runs").glob(f"[!.]*/{depth}*.pt")]
     files.sort(key=lambda path: path.stat().st_mtime)
-    models = [path for path in files if path.name == "model.pt"]
+    models, remedy = [path for path in files if path.name == "model.pt"], ""
+    for path in files[files.index(models[-1]) if models else 0 :]:
+        if path.name == "resume.pt":
+            remedy = f"; {path.parent} is not trained to the end: go on with --resume"
     if not models:
-        raise DataError("runs/: no trained model; run train.py first, or name one with --run")
-    later = [p for p in files[files.index(models[-1]) :] if p.name == "resume.pt"]
-    unfinished = f"; {later[-1].parent} is not trained to the end" if later else ""
-    print(f"{models[-1].parent}: the newest model{unfinished}", file=sys.stderr)
+        remedy = remedy or "; run train.py first, or name one with --run"
+        raise DataError(f"runs/: no trained model{remedy}")
+    print(f"{models[-1].parent}: the newest model{remedy}", file=sys.stderr)
     return models[-1].parent
 
 
@@ -368,4 +370,4 @@ def threshold_meaning(n: int | None) -> str:
     expected, bound = (100 * share for share in false_alarms(n))
     promise = f"expect at most {expected:.2g} % false alarms on normal images"
     promise += f", with 95 % confidence less than {bound:.2g} %"
-    return f"no score of {n} held-out images is above it: {promise}"
+    return f"none of the {n} images that it was calibrated on is above it: {promise}"

@@ -83,9 +83,9 @@ def read_ahead(paths: list[Path], size: tuple[int, int]) -> Iterator[tuple]:
 
 
 def judge(info: dict, threshold: float, score: float, look: Appearance) -> tuple:
-    """(p-value or None, how the image differs from the training images, what to do with it):
-    "reject" above the threshold (or NaN), "check" what is unlike the training images or has a
-    p-value up to 0.1, else "ok". `info`: the model's training_info."""
+    """(p-value or None, how the image differs from the known normal images, what to do with it):
+    "reject" above the threshold (or NaN), "check" what is unlike those images or has a p-value up
+    to 0.1, else "ok". `info`: the model's training_info."""
     known, looks = info.get("scores"), info.get("appearance")
     p, odd = p_value(score, known) if known else None, differences(look, looks) if looks else []
     if not score <= threshold:
@@ -106,7 +106,7 @@ def threshold_at(model: nn.Module, rate: float | None) -> tuple[float, str]:
     except ValueError as error:
         raise ModelError(f"--false-alarms: {error}; choose a higher share") from None
     share = f"at most {100 * rate:g} % false alarms"
-    return threshold, f"expect {share}, by {len(known)} held-out images"
+    return threshold, f"expect {share}, by the {len(known)} images that it was calibrated on"
 
 
 def score_folder(
@@ -165,7 +165,7 @@ def score_folder(
     if not known_looks:
         print("how its images looked is not in the model: unusual images are not marked")
     elif change := drift(looks, known_looks):
-        print(f"{change} than the known images: {REMEDY}")
+        print(f"{change} than the known normal images: {REMEDY}")
     how = [getattr(model, name, "") for name in ("precision", "choice")]
     print(f"{speed:.1f} images/s, {'; '.join(filter(None, how)) or 'fp32'}")
 

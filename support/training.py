@@ -270,8 +270,8 @@ def steps_until(
     """How many steps fit in if calibration shall be over at the time `end`: at least one. Takes
     some steps to time them."""
     image, device = torch.as_tensor(validation[0])[None], model.threshold.device
-    moments, share = [], min(60, 0.02 * (end - time.time()))  # seconds
-    while len(moments) < 3 or moments[-1] - moments[0] < share:
+    moments, seconds = [], min(60, 0.02 * (end - time.time()))
+    while len(moments) < 3 or moments[-1] - moments[0] < seconds:
         losses = [take_step(5 * len(moments) + i) for i in range(5)][-1]
         sum(losses.values()).item()  # a GPU is waited for now and then only, as in training
         moments.append(time.time())

@@ -81,7 +81,7 @@ def test_odd_images_are_scored_and_marked(run, score, tmp_path):
     cafe = tmp_path / os.fsdecode(b"in/caf\xe9.png")
     cafe.write_bytes((tmp_path / "in/like.png").read_bytes())
     status, out, err = score("in")
-    assert status == 0 and "3 of 6 images are unlike the known images" in out, err
+    assert status == 0 and "3 of 6 images are unlike the known normal images" in out, err
     rows = {row["image"]: row for row in rows_of(run / "images/scores.csv")}
     for name, (_, words) in expected.items():
         assert rows[name]["unlike_training"] == words

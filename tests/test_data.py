@@ -225,10 +225,14 @@ def test_visa_layouts(tmp_path):
     assert (category.name, category.layout, len(category.train)) == ("candle", "visa", 2)
     assert contents(category) == {"bad/000": 2, "good/002": 0}
     assert data.list_categories(tmp_path / "VisA") == [root]
-    for right, wrong in ((",candle/Data/Masks/Anomaly/000.png", ","), ("test,an", "train,an")):
+    for right, wrong, reason in (
+        (",candle/Data/Masks/Anomaly/000.png", ",", "000.JPG is an anomaly without a mask"),
+        ("test,anomaly", "train,anomaly", "000.JPG is an anomaly to train on"),
+        ("test,anomaly", "test,normal", "000.JPG is normal and has a mask"),
+    ):
         table = "\n".join(lines + [lines[-2].replace("000", "001")])  # another anomaly, of candle
         put(tmp_path / "VisA/split_csv/1cls.csv", table.replace(right, wrong, 1).encode())
-        with pytest.raises(DataError, match="1cls.csv: 000.JPG is an anomaly .* mend its row"):
+        with pytest.raises(DataError, match=f"1cls.csv: {reason}; mend its row"):
             open_category(root)
 
     other = tmp_path / "visa_pytorch/candle"  # as VisA's own script rearranges it
@@ -248,7 +252,11 @@ def test_folders(tmp_path, capfd):
     assert not capfd.readouterr().err
     put(tmp_path / "photos/IMG_1.HEIC", b"")
     assert len(data.list_images(tmp_path / "photos")) == 1
-    assert "IMG_1.HEIC: 1 such files left out; save them as" in capfd.readouterr().err
+    assert "photos: 1 photos left out; " in (note := capfd.readouterr().err)
+    assert "IMG_1.HEIC and others cannot be read: save them as .png" in note
+    (tmp_path / "photos/b.png").unlink()
+    with pytest.raises(DataError, match="IMG_1.HEIC and others cannot be read: save them as"):
+        data.list_images(tmp_path / "photos")
     with pytest.raises(DataError, match="nowhere: no such folder; --data takes"):
         open_category(tmp_path / "nowhere")
     assert open_category(save(tmp_path / "line/ok/0.png").parents[1]).layout == "folder"

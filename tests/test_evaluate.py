@@ -224,14 +224,15 @@ def test_which_run(run, run_script, tmp_path):
     assert_refused(run_script("evaluate.py"), "no trained model; run train.py first")
     assert_refused(run_script("evaluate.py", "--run", "nowhere"), "model.pt: no such file")
     put(tmp_path / "photos/a.png")
+    put(tmp_path / "runs/cut/resume.pt", b"")
+    cut = "runs/cut is not trained to the end: go on with --resume"
+    assert_refused(run_script("evaluate.py"), f"no trained model; {cut}")
     for i, name in enumerate(("old", "set/new")):
         shutil.copytree(run, tmp_path / "runs" / name)
         os.utime(tmp_path / "runs" / name / "model.pt", (1e9 + i, 1e9 + i))
     status, _, err = run_script("evaluate.py", "--images", "photos", *CPU)
-    assert status == 0 and "runs/set/new: the newest model\n" in err
+    assert status == 0 and f"runs/set/new: the newest model; {cut}\n" in err
     assert (tmp_path / "runs/set/new/images/scores.csv").exists()
-    put(tmp_path / "runs/cut/resume.pt", b"")
-    assert "runs/cut is not trained to the end" in run_script("evaluate.py", "--data", "-", *CPU)[2]
     result = run_script("evaluate.py", "--run", "runs/cut", *CPU)
     assert_refused(result, "runs/cut: not trained to the end; go on with:", "--resume runs/cut")
     result = run_script("evaluate.py", "--run", "runs/set", *CPU)
@@ -325,7 +326,7 @@ def test_recalibration_on_accepted_images(own, run_script, tmp_path):
     assert_refused(run_script(*command), "0.png (", "like a defect", "--yes")
     assert files(own) == {"model.pt": former, ".lock": b""}
     scored = run_script(*command[:-2], "--images", "good")
-    assert "than the known images: the threshold is not for them" in scored[1], scored[2]
+    assert "than the known normal images: the threshold is not for them" in scored[1], scored[2]
     status, out, err = run_script(*command, "--yes")
     assert status == 0 and out.count("reject -> ok") == 4, err
     assert "4 of 4 verdicts change" in out and "expect at most 20 % false alarms" in out

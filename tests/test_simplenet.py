@@ -11,7 +11,7 @@ from torch import nn
 
 from baselines.simplenet import CachedFeatures, Options, SimpleNet, crop_size
 from efficientad import ModelError
-from support.backbone import PatchFeatures, ResNet
+from support.backbone import ResNet
 from support.checkpoints import read_checkpoint
 from support.data import read_image, to_array
 
@@ -168,14 +168,17 @@ def test_a_backbone_beyond_half_precision(tmp_path):
         small().load_backbone(str(tmp_path / "x.pth"))
 
 
-def test_features_of_lites_spread_like_those_of_resnets():
-    net, images = (
-        SimpleNet(backbone="efficientnet_lite0", image_size=(64, 64)),
-        torch.rand(1, 3, 64, 64),
+def test_scaled_features_are_saved(tmp_path):
+    """The scale belongs to the model: one that was saved without it has 1."""
+    net = SimpleNet(backbone="efficientnet_lite0", image_size=(64, 64), scale=1 / 30)
+    net.save(str(tmp_path / "scaled.pt"))
+    del net.config["scale"]
+    net.save(str(tmp_path / "plain.pt"))
+    images = torch.rand(1, 3, 64, 64)
+    scaled, plain = (
+        SimpleNet.load(str(tmp_path / f)).features(images) for f in ("scaled.pt", "plain.pt")
     )
-    inputs = net.normalize(images)[:, :, net.rows, net.columns]
-    plain = PatchFeatures(net.patch_features.trunk, 1536, 1536)(inputs)
-    torch.testing.assert_close(30 * net.features(images), plain.permute(0, 2, 3, 1))
+    torch.testing.assert_close(30 * scaled, plain, rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------- script

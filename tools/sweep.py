@@ -45,8 +45,6 @@ ABLATION = {  # the distinct trainings behind tables 3 to 5, by the name of the 
     "no-penalty": {"pretraining_images": "none"},
     "p_hard-0-no-penalty": {"p_hard": 0, "pretraining_images": "none"},
 }
-# Options with defaults that depend on the device.
-BY_DEVICE = {"steps", "epochs", "batch_size", "lr", "precision"}
 
 
 @dataclass
@@ -115,7 +113,7 @@ def changed_options(job: RunOptions, known: dict) -> list[str]:
     """What a run was begun with and `job` wants otherwise, in words."""
     ignored, found = {"out", "resume", "checkpoint_every", "device", "skip_bad_images"}, []
     if known.get("device", job.device).split(":")[0] != job.device.split(":")[0]:
-        ignored |= BY_DEVICE
+        ignored |= job.by_device
     for name, wanted in vars(job).items():
         value = known.get(name, wanted)
         same = value == wanted or (name == "steps" and wanted is None)  # SimpleNet: from --epochs
