@@ -108,7 +108,7 @@ def test_resizing_to_int8():
 def test_int8_where_it_cannot_run(monkeypatch):
     model = TiledEfficientAD(image_size=(128, 128))
     for name, value, reason in (
-        ("nothing", None, "no ranges for int8: call support.calibration.calibrate_int8"),
+        ("nothing", None, "no ranges for int8: recalibrate it with evaluate.py --accept"),
         ("padding", True, "without padding"),
         ("training_info", {"int8": {}}, "no int8 convolution of the expected kind"),
         ("vnni", False, "needs a CPU with VNNI"),
