@@ -103,12 +103,11 @@ def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
             suffix = os.path.splitext(path)[1].lower()
             if usable and suffix in SUFFIXES | UNREAD:
                 (paths if suffix in SUFFIXES else unread).append(Path(path))
-    remedy = f"{min(unread)} and others cannot be read: save them as .png or .jpg" if unread else ""
-    if not paths:
-        kinds = ", ".join(sorted(SUFFIXES))
-        raise DataError(f"{folder}: {remedy or f'no images ({kinds}) in it'}")
     if unread:
-        print(f"note: {folder}: {len(unread)} photos left out; {remedy}", file=sys.stderr)
+        what = f"{len(unread)} of another kind, such as {min(unread)}"
+        print(f"note: {folder}: left out {what}: save as .png or .jpg", file=sys.stderr)
+    if not paths:
+        raise DataError(f"{folder}: no images ({', '.join(sorted(SUFFIXES))}) in it")
     return sorted(paths)
 
 

@@ -252,11 +252,12 @@ def test_folders(tmp_path, capfd):
     assert not capfd.readouterr().err
     put(tmp_path / "photos/IMG_1.HEIC", b"")
     assert len(data.list_images(tmp_path / "photos")) == 1
-    assert "photos: 1 photos left out; " in (note := capfd.readouterr().err)
-    assert "IMG_1.HEIC and others cannot be read: save them as .png" in note
+    assert "left out 1 of another kind, such as" in (note := capfd.readouterr().err)
+    assert "IMG_1.HEIC: save as .png or .jpg" in note
     (tmp_path / "photos/b.png").unlink()
-    with pytest.raises(DataError, match="IMG_1.HEIC and others cannot be read: save them as"):
+    with pytest.raises(DataError, match="photos: no images .* in it"):
         data.list_images(tmp_path / "photos")
+    assert capfd.readouterr().err == note
     with pytest.raises(DataError, match="nowhere: no such folder; --data takes"):
         open_category(tmp_path / "nowhere")
     assert open_category(save(tmp_path / "line/ok/0.png").parents[1]).layout == "folder"
