@@ -26,6 +26,7 @@ from support import data, metrics, report
 from support.appearance import appearance_of, drift
 from support.checkpoints import load_model
 from support.fast import PRECISIONS
+from support.images import DataError
 from support.options import OptionError, option, parse_options, pick_device, share
 from support.recalibration import recalibrate
 from support.runs import find_run, fingerprint, lock, remove_leftovers, run_command, write
@@ -93,11 +94,11 @@ def find_tests(run: Path, model: nn.Module, options: Options) -> tuple[data.Cate
     info, folder = model.training_info, Path(options.out or run)
     if not (options.data or info.get("data")):
         remedy = "name the category with --data"
-        raise data.DataError(f"{run}: the model does not say what it was trained on; {remedy}")
+        raise DataError(f"{run}: the model does not say what it was trained on; {remedy}")
     category = data.open_category(options.data or info["data"])
     if len({sample.defect == "good" for sample in category.test}) < 2:
         reason = "needs good and defective test images (test/good, test/<defect>)"
-        raise data.DataError(f"{category.root}: {reason}; score a folder with --images DIR")
+        raise DataError(f"{category.root}: {reason}; score a folder with --images DIR")
     place, trained = category.root.resolve(), Path(info.get("data", category.root)).resolve()
     known = info.get("appearance", {}).get("trained_on", [])
     moved = not trained.exists() and info.get("category") == category.name

@@ -14,8 +14,9 @@ import torch
 
 from efficientad import ModelError
 from support.checkpoints import read_checkpoint
-from support.data import DataError, list_categories
+from support.data import list_categories
 from support.fast import has_bf16
+from support.images import DataError
 
 
 class OptionError(ValueError):

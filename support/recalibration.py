@@ -7,10 +7,10 @@ from pathlib import Path
 from torch import nn
 
 from efficientad import EfficientAD
-from support import data
 from support.appearance import appearance_range
 from support.calibration import calibrate
 from support.checkpoints import write_checkpoint
+from support.images import DataError, Images, list_images
 from support.runs import threshold_meaning, write
 from support.scoring import judge, predict
 from support.training import one_by_one
@@ -22,7 +22,7 @@ def recalibrate(run: Path, model: nn.Module, folder: Path, confirmed: bool, skip
     stays in the run as model-1.pt, model-2.pt, … Raises DataError for a training image among them,
     whose score says nothing about new ones, and, unless `confirmed`, for one that looks like a
     defect: as far above the threshold as that is above the median known score, or farther."""
-    images = data.Images(data.list_images(folder, recursive=True), model.image_size)
+    images = Images(list_images(folder, recursive=True), model.image_size)
     images.skip_bad = skip_bad
     images.check()
     info, looks = model.training_info, list(images.appearances.values())
@@ -33,7 +33,7 @@ def recalibrate(run: Path, model: nn.Module, folder: Path, confirmed: bool, skip
     for path, look in zip(images.paths, looks):
         if look.fingerprint in trained_on:
             remedy = "the model was trained on it, so its score is too low: take such images out"
-            raise data.DataError(f"{path}: {remedy}")
+            raise DataError(f"{path}: {remedy}")
     batches = one_by_one(images, model.threshold.device, "scoring")
     scores = [next(iter(predict(model, x)[1].values())) for x in batches]
     threshold, known = model.threshold.item(), info.get("scores", [])
@@ -44,7 +44,7 @@ def recalibrate(run: Path, model: nn.Module, folder: Path, confirmed: bool, skip
         if odd:
             problem = f"above the threshold of {threshold:.3f} by far, like a defect"
             remedy = "take defects out, or confirm with --yes"
-            raise data.DataError(f"{', '.join(odd)}: {problem}; {remedy}")
+            raise DataError(f"{', '.join(odd)}: {problem}; {remedy}")
     number = 1
     while (run / f"model-{number}.pt").exists():
         number += 1

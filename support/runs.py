@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from efficientad import ModelError
 from support.checkpoints import all_finite, is_url, read_checkpoint, write_checkpoint
-from support.data import DataError, NormalImages
+from support.data import NormalImages
+from support.images import DataError
 from support.metrics import false_alarms
 from support.options import RunOptions
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from efficientad import EfficientAD, ModelError
-from support import data, report
+from support import report
 from support.appearance import Appearance, appearance_of, differences, drift
 from support.fast import optimize
+from support.images import SUFFIXES, DataError, list_images, read_image, to_array
 from support.metrics import p_value, threshold_for
 from support.runs import fingerprint, threshold_meaning, write
 from support.training import in_threads
@@ -43,8 +44,8 @@ def fast_form(model: nn.Module, precision: str) -> nn.Module:
 
 def read(path: Path, size: tuple[int, int]) -> tuple[Image.Image, Tensor]:
     """Image file -> RGB image, and what a model of this image size takes, uint8 1×3×H×W."""
-    image = data.read_image(path)
-    return image, torch.from_numpy(data.to_array(image, size))[None]
+    image = read_image(path)
+    return image, torch.from_numpy(to_array(image, size))[None]
 
 
 @torch.inference_mode()
@@ -73,10 +74,10 @@ def read_back(file: BinaryIO, like: np.ndarray, sizes: list) -> Iterator[Image.I
 def read_ahead(paths: list[Path], size: tuple[int, int]) -> Iterator[tuple]:
     """(image, model's input) or a DataError for each path, decoded by a thread."""
 
-    def attempt(i: int) -> tuple | data.DataError:
+    def attempt(i: int) -> tuple | DataError:
         try:
             return read(paths[i], size)
-        except data.DataError as error:
+        except DataError as error:
             return error
 
     return in_threads(attempt, range(len(paths)), threads=1)
@@ -118,19 +119,19 @@ def score_folder(
     `place` lies in the folder."""
     own = Path(os.path.realpath(place))
     if Path(os.path.realpath(folder)) in (own, *own.parents):
-        raise data.DataError(f"{place}: overlays would lie among the images; choose another --out")
+        raise DataError(f"{place}: overlays would lie among the images; choose another --out")
     info, (threshold, meaning) = model.training_info, threshold_at(model, rate)
     scale, known_looks = (float(model.floor), threshold), info.get("appearance")
-    paths, rows, skipped, began = data.list_images(folder, recursive=True), [], [], time.time()
+    paths, rows, skipped, began = list_images(folder, recursive=True), [], [], time.time()
     looks, entries = [], []
     with report.new_folder(place / "overlays") as overlays, ThreadPoolExecutor(1) as pool:
         decoded, pending = read_ahead(paths, model.image_size), []
         for path, found in zip(tqdm(paths, "scoring", unit="image"), decoded):
             name = str(path.relative_to(folder))
-            if isinstance(found, data.DataError):
+            if isinstance(found, DataError):
                 if not skip_bad:
                     remedy = "or leave such files out with --skip-bad-images"
-                    raise data.DataError(f"{found}; {remedy}")
+                    raise DataError(f"{found}; {remedy}")
                 print(f"skipped: {found}", file=sys.stderr)
                 skipped.append([name, str(found)])
                 continue
@@ -151,11 +152,11 @@ def score_folder(
         entries = report.worst([*entries, *(drawing.result() for drawing in pending)])
         if not rows:
             reason = f"none of its {len(skipped)} images can be read; the first: {skipped[0][1]}"
-            raise data.DataError(f"{folder}: {reason}")
+            raise DataError(f"{folder}: {reason}")
     speed = len(rows) / (time.time() - began)
     for file in sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file()):
         hidden = any(part[0] == "." for part in file.parts)
-        if not hidden and file.suffix.lower() not in data.SUFFIXES:
+        if not hidden and file.suffix.lower() not in SUFFIXES:
             skipped.append([file, "a file of another kind"])
     header = ["image", *report.scores_header(scores), "p_value", "verdict", "anomalous"]
     content = {"model": report.label(model.config), "category": folder.resolve().name}

@@ -26,8 +26,8 @@ from efficientad import (
     pretraining_penalty,
     student_autoencoder_loss,
 )
-from support.data import Images, PhotographCrops, list_images
 from support.graphs import Graphed, beside, side_stream
+from support.images import Images, PhotographCrops, list_images
 
 KEPT_BYTES = 2 * 2**30  # on the device, each: decoded training images, teacher outputs for them
 THREADS = max(4, min(12, (os.cpu_count() or 1) - 2))  # that decode

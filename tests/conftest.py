@@ -20,10 +20,11 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from efficientad import EfficientAD  # noqa: E402
-from support import data, demo  # noqa: E402
+from support import demo  # noqa: E402
 from support.appearance import appearance_of, appearance_range  # noqa: E402
 from support.backbone import ResNet  # noqa: E402
 from support.checkpoints import load_teacher, read_checkpoint  # noqa: E402
+from support.images import list_images, read_image, to_array  # noqa: E402
 from support.optimizers import make_adam  # noqa: E402
 from support.tiling import TiledEfficientAD  # noqa: E402
 from support.training import Step, draw  # noqa: E402
@@ -36,8 +37,10 @@ TINY = ("--image-size", 128, *CPU, "--pretraining-images", "none")
 
 
 def put(path: Path, content=PHOTO, **options) -> Path:
-    """Write bytes, or an image with Pillow's options, in a folder that need not exist."""
+    """Write bytes, or an image or array with Pillow's options, in a folder that need not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, np.ndarray):
+        content = Image.fromarray(content)
     path.write_bytes(content) if isinstance(content, bytes) else content.save(path, **options)
     return path
 
@@ -57,6 +60,16 @@ def log_of(path: Path) -> list[dict]:
 def rows_of(path: Path) -> list[dict]:
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def pictures(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
+
+
+def content_of(page: Path) -> dict:
+    """What a report.html shows."""
+    html = page.read_text(encoding="utf-8")
+    return json.loads(html.split('id="data" type="application/json">')[1].split("</script>")[0])
 
 
 def same(a, b) -> bool:
@@ -168,11 +181,9 @@ def tiny_demo(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def demo_images(tiny_demo) -> torch.Tensor:
     """The tiny demo set's training and test images, uint8 N×3×128×128."""
-    paths = data.list_images(tiny_demo / "train/good")
-    paths += data.list_images(tiny_demo / "test", recursive=True)
-    return torch.stack(
-        [torch.from_numpy(data.to_array(data.read_image(p), DEMO_SIZE)) for p in paths]
-    )
+    paths = list_images(tiny_demo / "train/good")
+    paths += list_images(tiny_demo / "test", recursive=True)
+    return torch.stack([torch.from_numpy(to_array(read_image(p), DEMO_SIZE)) for p in paths])
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from PIL import Image
 
 from efficientad import CHANNELS, PDN, EfficientAD, ModelError
 from support.checkpoints import load_model, load_teacher, read_checkpoint, write_checkpoint
-from support.data import DataError, list_images, open_category, read_image
+from support.data import open_category
+from support.images import DataError, list_images, read_image
 from support.runs import fingerprint
 
 

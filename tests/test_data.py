@@ -1,4 +1,4 @@
-"""Image decoding, data sets and their layouts, appearances, the demo set."""
+"""Data sets and their layouts, appearances, the demo set."""
 
 import json
 import shutil
@@ -11,80 +11,14 @@ from PIL import Image
 
 from support import data, demo
 from support.appearance import Appearance, appearance_of, appearance_range, differences, drift
-from support.data import DataError, Images, open_category, read_image, to_array
+from support.data import open_category
+from support.images import DataError, list_images
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
 
-def save(path, content=RAMP, **options):
-    """Write an array or image as an image file."""
-    image = content if isinstance(content, Image.Image) else Image.fromarray(content)
-    return put(path, image, **options)
-
-
-def test_every_mode_becomes_rgb(tmp_path):
-    rgb, gray = np.stack([RAMP, RAMP[::-1], RAMP.T], -1), np.stack([RAMP] * 3, -1)
-    deep = RAMP.astype(np.uint16) * 257
-    cases = {
-        "gray.png": (RAMP, gray),
-        "gray16.png": (deep, gray),
-        "gray16.tiff": (deep, gray),
-        "int32.tiff": (deep.astype(np.int32), gray),
-        "rgb.png": (rgb, rgb),
-        "rgba.png": (np.dstack([rgb, RAMP]), rgb),
-        "palette.png": (Image.fromarray(RAMP).convert("P"), gray),
-        "bits.png": (RAMP > 127, (gray > 127) * np.uint8(255)),
-    }
-    for name, (content, expected) in cases.items():
-        image = read_image(save(tmp_path / name, content))
-        assert image.mode == "RGB", name
-        np.testing.assert_array_equal(np.asarray(image), expected, err_msg=name)
-    between = np.uint16([[385, 386], [65150, 65535]])  # 1.498, 1.502 and 253.502 times 257
-    rounded = np.asarray(read_image(save(tmp_path / "deep.png", between)))[..., 0]
-    assert rounded.tolist() == [[1, 2], [254, 255]]
-    red = save(tmp_path / "cmyk.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0)), quality=95)
-    assert np.abs(np.asarray(read_image(red)).astype(int) - [255, 0, 0]).max() < 40
-
-
-def test_exif_orientation_is_applied(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # stored on its side
-    image = np.asarray(read_image(save(tmp_path / "a.png", RAMP[:, :8], exif=exif)))
-    np.testing.assert_array_equal(image[..., 0], np.rot90(RAMP[:, :8], -1))
-
-
-def test_images_above_pillows_limit(tmp_path, monkeypatch):
-    path = save(tmp_path / "bomb.png")
-    for limit in (200, 100):  # Pillow warns of the first, and raises at the second
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        with pytest.raises(DataError, match=f"bomb.png: more than {limit} pixels"):
-            read_image(path)
-
-
-def test_resizing():
-    stripes = np.tile(np.array([0, 255], np.uint8), (16, 8))
-    image = Image.fromarray(stripes).convert("RGB")
-    assert to_array(image, (8, 4)).shape == (3, 8, 4)
-    assert np.ptp(to_array(image, (8, 4))[..., 1:-1]) < 20  # antialiased
-    np.testing.assert_array_equal(to_array(image, (16, 16))[1], stripes)
-
-
-def test_image_cache_is_bounded_and_right(tmp_path):
-    paths = [save(tmp_path / f"{i}.png", np.full((20, 30), 10 * i, np.uint8)) for i in range(4)]
-    images = Images(paths, (8, 8), cache_bytes=2 * 3 * 64)
-    for _ in range(2):
-        assert [int(images[i].max()) for i in range(4)] == [0, 10, 20, 30]
-    assert len(images.kept) == 2
-    framed = np.pad(np.full((8, 8), 255, np.uint8), 4)
-    zoomed = Images([save(tmp_path / "framed.png", framed)], (4, 4), zoom=2)
-    assert zoomed[0].shape == (3, 4, 4) and zoomed[0].min() > 100  # the centre without the frame
-
-
-def test_photograph_crops():
-    crops = data.PhotographCrops((32, 64), count=5)
-    assert len(crops) == 5 and crops[0].shape == (3, 32, 64) and crops[0].dtype == np.uint8
-    np.testing.assert_array_equal(crops[3], data.PhotographCrops((32, 64))[3])
-    assert len({crops[i].tobytes() for i in range(5)}) == 5
+def save(path, content=RAMP):
+    return put(path, content)
 
 
 def test_normal_images_are_loaded_once_without_bad_ones(tmp_path, capsys):
@@ -248,15 +182,15 @@ def test_folders(tmp_path, capfd):
     category = open_category(tmp_path / "photos")
     assert category.layout == "folder" and not category.test
     assert [path.name for path in category.train] == ["b.png", "a.jpg"]
-    assert [path.name for path in data.list_images(tmp_path / "photos")] == ["b.png"]
+    assert [path.name for path in list_images(tmp_path / "photos")] == ["b.png"]
     assert not capfd.readouterr().err
     put(tmp_path / "photos/IMG_1.HEIC", b"")
-    assert len(data.list_images(tmp_path / "photos")) == 1
+    assert len(list_images(tmp_path / "photos")) == 1
     assert "left out 1 of another kind, such as" in (note := capfd.readouterr().err)
     assert "IMG_1.HEIC: save as .png or .jpg" in note
     (tmp_path / "photos/b.png").unlink()
     with pytest.raises(DataError, match="photos: no images .* in it"):
-        data.list_images(tmp_path / "photos")
+        list_images(tmp_path / "photos")
     assert capfd.readouterr().err == note
     with pytest.raises(DataError, match="nowhere: no such folder; --data takes"):
         open_category(tmp_path / "nowhere")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from support.backbone import PatchFeatures, load_weights, make_trunk
 from support.checkpoints import read_checkpoint
-from support.data import list_images
+from support.images import list_images
 from tools import distill, neighbours
 from tools.distill import Options, Views
 

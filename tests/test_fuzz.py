@@ -20,7 +20,8 @@ from PIL import Image
 
 from efficientad import EfficientAD, ModelError
 from support import checkpoints
-from support.data import SUFFIXES, DataError, open_category, read_image
+from support.data import open_category
+from support.images import SUFFIXES, DataError, read_image
 
 CASES, SEED = int(os.environ.get("FUZZ_CASES", 40)), int(os.environ.get("FUZZ_SEED", 0))
 RGB = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8))

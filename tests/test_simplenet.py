@@ -13,7 +13,7 @@ from baselines.simplenet import CachedFeatures, Options, SimpleNet, crop_size
 from efficientad import ModelError
 from support.backbone import ResNet
 from support.checkpoints import read_checkpoint
-from support.data import read_image, to_array
+from support.images import read_image, to_array
 
 SIZE = (80, 96)  # crop 64×80 (70.0 and 84.0 before rounding), layer 2's grid 8×10
 

@@ -10,7 +10,7 @@ from conftest import CPU, TINY, assert_refused, log_of
 
 import evaluate
 import train
-from support.data import DataError
+from support.images import DataError
 from tools import sweep
 from tools.summary import COLLECTIONS, TABLES, cells, normalizations, spread, summarize
 

@@ -44,8 +44,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from baselines.simplenet import SimpleNet
 from efficientad import EfficientAD
 from evaluate import load_run
-from support.data import Category, DataError, Images, open_category, read_image
+from support.data import Category, open_category
 from support.fast import DTYPES, PRECISIONS, choose_precision, has_bf16
+from support.images import DataError, Images, read_image
 from support.metrics import Localization, image_auroc
 from support.options import OptionError, option, parse_options, pick_device
 from support.runs import run_command, write

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from support import report
-from support.data import DataError
+from support.images import DataError
 
 
 def text(value: object, digits: int = 3) -> str:

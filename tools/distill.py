@@ -35,7 +35,7 @@ from support.backbone import (
     make_trunk,
 )
 from support.checkpoints import all_finite, load_teacher, read_checkpoint, write_checkpoint
-from support.data import DataError, list_images, read_image
+from support.images import DataError, list_images, read_image
 from support.optimizers import cosine, kernels_of, make_optimizers, set_rate
 from support.options import OptionError, option, parse_options, pick_device
 from support.runs import Interrupt, Log, LossCheck, fingerprint, lock, remove_leftovers, run_command

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from efficientad import EfficientAD
 from support.checkpoints import load_teacher
-from support.data import DataError, Images, open_category
+from support.data import open_category
 from support.fast import has_bf16
+from support.images import DataError, Images
 from support.metrics import image_auroc
 from support.options import OptionError, option, parse_options, pick_device
 from support.report import table

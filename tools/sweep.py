@@ -30,6 +30,7 @@ from efficientad import EfficientAD, ModelError
 from support import data
 from support.calibration import fit_gaussian
 from support.checkpoints import read_checkpoint
+from support.images import DataError, Images
 from support.metrics import image_metrics
 from support.options import OptionError, RunOptions, make_parser, option, parse_options
 from support.report import table
@@ -68,7 +69,7 @@ def failures(failed: dict[str, str], run: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, (data.DataError, ModelError, OSError)):
+        if not isinstance(error, (DataError, ModelError, OSError)):
             traceback.print_exc()
         print(f"tools.sweep: {run}: failed: {error}", file=sys.stderr)
         failed[run.name] = str(error)
@@ -82,19 +83,19 @@ def list_jobs(sweep: Options, base: RunOptions) -> list[RunOptions]:
     known = {path.name: path for path in data.list_categories(sweep.data)}
     name, variant = Path(os.path.abspath(sweep.data)).name, getattr(base, "size", sweep.model)
     if sweep.ablation and known:
-        raise data.DataError(f"{sweep.data}: --ablation takes one category: {', '.join(known)}")
+        raise DataError(f"{sweep.data}: --ablation takes one category: {', '.join(known)}")
     wanted = sweep.categories.split(",") if sweep.categories else [*known]
     unknown = ", ".join(category for category in wanted if category not in known)
     if unknown:
         there = ", ".join(known) or "none: name the folder above it"
-        raise data.DataError(f"{sweep.data}: has no category {unknown}; it has: {there}")
+        raise DataError(f"{sweep.data}: has no category {unknown}; it has: {there}")
     categories = {n: known[n] for n in wanted} or {name: data.open_category(sweep.data).root}
     if not (known or sweep.seeds or sweep.ablation):
         command = f"{base.command} --data {shlex.quote(sweep.data)}"
-        raise data.DataError(f"{sweep.data}: this is one run; use: {command}")
+        raise DataError(f"{sweep.data}: this is one run; use: {command}")
     folder = Path(sweep.out or f"runs/{name}" + (f"-{variant}-ablation" if sweep.ablation else ""))
     if folder.is_file() or (folder / "log.jsonl").exists():
-        raise data.DataError(f"{folder}: is not a folder of runs; choose another --out")
+        raise DataError(f"{folder}: is not a folder of runs; choose another --out")
     jobs = []
     for name, path in categories.items():
         place = "./demo" if str(path) == "demo" else str(path)  # the word is the built-in set
@@ -135,7 +136,7 @@ def train_run(job: RunOptions, train: Callable[[RunOptions], Path]) -> None:
     found = "; ".join(changed_options(job, read_checkpoint(path)[key]))
     if found:
         remedy = "choose another --out, or move this run away"
-        raise data.DataError(f"was begun with other options: {found}; {remedy}")
+        raise DataError(f"was begun with other options: {found}; {remedy}")
     if key == "training":
         print(f"{job.out}: finished, skipped", file=sys.stderr)
     else:
@@ -193,7 +194,7 @@ def ablation_scores(model: EfficientAD) -> list[dict]:
     normal = data.load_normal_images(info["data"], size, info["seed"], skip_bad)
     tests, loco = normal.category.test, normal.category.layout == "loco"
 
-    test_images = data.Images([test.path for test in tests], size, cache_bytes=0)
+    test_images = Images([test.path for test in tests], size, cache_bytes=0)
     validation, raw_maps = (
         [model.raw_maps(x) for x in one_by_one(images, device, "ablation")]
         for images in (normal.validation, test_images)
@@ -217,7 +218,7 @@ def evaluate_runs(folder: Path, options: evaluate.Options) -> None:
     """Evaluate each run where it is needed; write and print the summary. A run that fails does not
     stop the others; it makes the exit status 1, as does an unfinished one."""
     if not folder.is_dir():
-        raise data.DataError(f"{folder}: no such folder; --evaluate takes a folder of runs")
+        raise DataError(f"{folder}: no such folder; --evaluate takes a folder of runs")
     results, failed = {}, {}
     for run in sorted(path for path in folder.glob("[!.]*") if path.is_dir()):
         if (run / "model.pt").exists():
@@ -232,11 +233,11 @@ def evaluate_runs(folder: Path, options: evaluate.Options) -> None:
                 entry["ablation"] = ablation_scores(evaluate.load_run(run, options.device))
                 write(run / "results.json", json.dumps(entry, indent=1) + "\n")
     if not results and not failed:
-        raise data.DataError(f"{folder}: has no runs in it")
+        raise DataError(f"{folder}: has no runs in it")
     try:
         tables = summarize([*results.values()])
     except ValueError as error:
-        raise data.DataError(f"{folder}: {error}") from None
+        raise DataError(f"{folder}: {error}") from None
     text = "\n".join(f"### {title}\n\n{table(cells(rows))}\n" for title, rows in tables.items())
     text += "".join(f"\nfailed: {name}: {reason}\n" for name, reason in failed.items())
     with lock(folder / ".lock"):
