@@ -262,7 +262,8 @@ def integers(text: str) -> list[int]:
 
 @dataclass
 class Options(RunOptions):
-    """Train SimpleNet on normal images. The paper's values are the defaults, but for --schedule."""
+    """Train SimpleNet on normal images. On a GPU the paper's values are the defaults, but for
+    --schedule."""
 
     command = "python -m baselines.simplenet"
     by_device = RunOptions.by_device | {"epochs", "batch_size"}

@@ -181,8 +181,8 @@ def problem(model: EfficientAD) -> str | None:
         return "int8 is for models without padding"
     if "int8" not in model.training_info:
         return (
-            "the model has no ranges for int8: recalibrate it with evaluate.py --accept, or with "
-            "support.calibration.calibrate_int8"
+            "the model has no ranges for int8: recalibrate it with evaluate.py --accept, but with "
+            "Gaussian normalization or for very large images there are none"
         )
     try:
         weight, bias = torch.eye(16).view(16, 16, 1, 1), torch.zeros(16)

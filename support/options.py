@@ -103,7 +103,7 @@ class RunOptions:
     command: typing.ClassVar[str]  # what starts such a run
     by_device: typing.ClassVar = {"steps", "lr", "precision"}  # their defaults depend on it
     data: str = option("demo", "a category's folder, a folder of normal images, or demo")
-    image_size: list[int] | None = option(None, "height and width, or one number for both")
+    image_size: list[int] | None = option(None, "H W, or one number; default 256, demo set 128")
     batch_size: int = option(1, "images in a step")
     seed: int = option(0, "seed of all random choices")
     device: str | None = option(None, "cuda or cpu; default cuda if there is one")

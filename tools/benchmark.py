@@ -117,7 +117,7 @@ def memory(device: torch.device, peak: bool = False) -> float:
 
 
 def take_turns(functions: dict[str, Callable], budget: float) -> dict[str, dict]:
-    """Latencies: 2,000 calls of each in turn, or as many as fit into `budget` seconds, but 3."""
+    """Latencies: 2,000 calls of each in turn, or as many as `budget` seconds allow, at least 3."""
     times, start, passes, seconds = {name: [] for name in functions}, time.perf_counter(), 0, 0.0
     while passes < 3 or (passes < 2000 and seconds * (passes + 1) / passes < budget):
         for name, function in functions.items():
