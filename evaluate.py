@@ -174,6 +174,8 @@ def main(argv: list[str] | None = None) -> None:
     model = load_run(run, options.device)
     place = Path(options.out) if options.out else run
     place.mkdir(parents=True, exist_ok=True)
+    if not place.samefile(run) and any(place.glob("*.pt")):
+        raise DataError(f"{place}: holds another run; choose another --out")
     with lock(place / ".lock"):
         remove_leftovers(place)
         if options.accept is not None:

@@ -192,8 +192,8 @@ def train(options: Options, began: float | None = None) -> Path:
 
 
 def main(argv: list[str] | None = None) -> Path:
-    argv = refuse_several_runs(argv, "")
-    return train(parse_options(Options, USAGE, argv), training.process_start())
+    options = parse_options(Options, USAGE, refuse_several_runs(argv, ""))
+    return train(options, None if argv else training.process_start())
 
 
 if __name__ == "__main__":

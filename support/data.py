@@ -264,4 +264,11 @@ def load_normal_images(data: str, size: Size, seed: int, skip_bad: bool) -> Norm
     appearance = appearance_range(trained_on + held_out)
     appearance["trained_on"] = sorted(a.fingerprint for a in trained_on)
     appearance["calibrated_on"] = sorted(a.fingerprint for a in held_out)
+    known = {*appearance["trained_on"]}
+    copies = [i for i, look in validation.appearances.items() if look.fingerprint in known]
+    if copies:
+        path, n = validation.paths[copies[0]], f"{len(copies)} of {len(validation)}"
+        reason = f"{n} validation images are copies of training images, such as {path}"
+        remedy = "the threshold is too low; remove copies"
+        print(f"note: {category.root}: {reason}: {remedy}", file=sys.stderr)
     return NormalImages(category, training, validation, skipped, appearance)

@@ -103,6 +103,11 @@ class FastEfficientAD(TiledEfficientAD):
         device, batch_sizes = self.threshold.device, list(self.passes.graphs)
         return BatchGraphs(self.all_maps, self.image_size, device, batch_sizes)
 
+    @property
+    def rows(self) -> int:
+        """How many rows of an image the PDNs see at once."""
+        return max(64, tiling.TILE * self.image_size[0] // self.activation)
+
     def choose(self, n: int) -> str:
         """Choose how the layers are computed for n images, or for as many, or as many rows of one,
         as are computed at once. Returns it in words."""
@@ -112,16 +117,16 @@ class FastEfficientAD(TiledEfficientAD):
         x = self.normalize(images.to(torch.uint8))
         if use_kernels(x) and not self.pair.with_kernels:
             fast_gpu.fuse_if_faster(self.autoencoder, partial(self.autoencoder, x))
-        rows = max(64, tiling.TILE * height // self.activation)
-        return self.pair.choose(x[:, :, :rows])
+        return self.pair.choose(x[:, :, : self.rows])
 
     def fuse_relu(self, pdns: Sequence[nn.Module], half: torch.dtype) -> None:
         """Let oneDNN apply the ReLUs of autoencoder and `pdns`, where it computes in their type."""
         x = torch.zeros(1, 3, *self.image_size, dtype=self.dtype)
         native = self.dtype in (torch.float32, half) and torch.backends.mkldnn.is_available()
         if native and not use_kernels(x):
-            for network in (self.autoencoder, *pdns):
-                fuse_relu(network, x)
+            fuse_relu(self.autoencoder, x)
+            for network in pdns:
+                fuse_relu(network, x[:, :, : self.rows])
 
     def fold(self) -> None:
         """Multiply the constants of normalization into the weights, and convert these."""

@@ -142,13 +142,13 @@ class Images:
         return array
 
     def check(self) -> None:
-        """Decode all images once. With `skip_bad` the bad ones are named on stderr and taken out.
-        Raises DataError for one, or if none can be read."""
+        """Decode all images once. With `skip_bad` the bad ones are named on stderr and taken out,
+        and later no other one is. Raises DataError for one, or if none can be read."""
         for i in tqdm(range(len(self)), "decoding", unit="image"):
             self.decode(i)
         for error in self.errors.values():
             print(f"skipped: {error}", file=sys.stderr)
-        good = [i for i in range(len(self)) if i not in self.errors]
+        good, self.skip_bad = [i for i in range(len(self)) if i not in self.errors], False
         self.paths = [self.paths[i] for i in good]
         self.kept = {n: self.kept[i] for n, i in enumerate(good) if i in self.kept}
         self.appearances = {n: self.appearances[i] for n, i in enumerate(good)}

@@ -10,7 +10,7 @@ from sklearn.metrics import roc_curve as sklearn_roc_curve
 
 LIMITS = (0.01, 0.05, 0.1, 0.3, 1)  # false-positive rates up to which AU-PRO and AU-sPRO are given
 Curve = tuple[np.ndarray, np.ndarray]  # (false-positive rate, overlap or recall), float64 in [0, 1]
-Regions = Iterable[tuple[np.ndarray, float]]  # of an image: (mask h×w, saturation area in pixels)
+Regions = Sequence[tuple[np.ndarray, float]]  # of an image: (mask h×w, saturation area in pixels)
 
 # --------------------------------------------------------------------------------- scores of images
 
@@ -213,11 +213,14 @@ class Localization:
         if not np.isfinite(values).all():
             raise ValueError("an anomaly map has a value that is not finite")
         steps = self.types.setdefault(defect, Steps())
-        for region, saturation in truth if self.saturated else components(truth):
+        for region in (region for region, _ in truth) if self.saturated else (truth,):
+            if np.shape(region) != values.shape:
+                shapes = f"mask of shape {np.shape(region)} for a map of shape {values.shape}"
+                raise ValueError(shapes)
+        regions = ((..., *known) for known in truth) if self.saturated else components(truth)
+        for box, region, saturation in regions:
             region = np.asarray(region) != 0
-            if region.shape != values.shape:
-                raise ValueError(f"mask of shape {region.shape} for a map of shape {values.shape}")
-            scores = np.sort(values[region])[::-1]
+            scores = np.sort(values[box][region])[::-1]
             if not 0 < saturation <= len(scores):
                 area = f"saturation area {saturation}"
                 raise ValueError(f"{area} of a region of {len(scores)} pixels")
@@ -225,7 +228,7 @@ class Localization:
             gain = np.full(whole, 1 / saturation)
             gain[-1] -= (whole - saturation) / saturation
             self._hold(steps, scores[:whole], gain, 0 if self.saturated else 1)
-            mask |= region
+            mask[box] |= region
         if self.saturated:  # regions may overlap
             self._hold(steps, values[mask], 0, 1)
         self.located &= defect == "good" or bool(mask.any())
@@ -306,12 +309,13 @@ class Localization:
         return ((name, s.curve()) for name, s in self.types.items() if name != "good")
 
 
-def components(mask: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
-    """The 8-connected components of a mask, each with its area."""
-    labels, n = ndimage.label(np.asarray(mask) != 0, np.ones((3, 3)))
-    for i in range(n):
-        region = labels == i + 1
-        yield region, int(region.sum())
+def components(mask: np.ndarray) -> Iterator[tuple[tuple[slice, ...], np.ndarray, int]]:
+    """The 8-connected components of a mask: the box around it, which of the box's pixels belong to
+    it, and its area."""
+    labels, _ = ndimage.label(np.asarray(mask) != 0, np.ones((3, 3)))
+    for i, box in enumerate(ndimage.find_objects(labels)):
+        region = labels[box] == i + 1
+        yield box, region, int(region.sum())
 
 
 def area_under_curve(fpr: np.ndarray, pro: np.ndarray, limit: float) -> float:

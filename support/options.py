@@ -101,7 +101,7 @@ class RunOptions:
     """What every training run has."""
 
     command: typing.ClassVar[str]  # what starts such a run
-    by_device: typing.ClassVar = {"steps", "lr", "precision"}  # their defaults depend on it
+    by_device: typing.ClassVar = {"steps", "lr", "precision", "recipe"}  # by default
     data: str = option("demo", "a category's folder, a folder of normal images, or demo")
     image_size: list[int] | None = option(None, "H W, or one number; default 256, demo set 128")
     batch_size: int = option(1, "images in a step")
@@ -167,6 +167,8 @@ def pick_device(name: str | None = None) -> torch.device:
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):  # others lack float64 or more
+            raise ValueError
         torch.empty(1, device=device).item()
     except Exception:  # each kind of device fails in its own way
         reason = "torch cannot use it on this machine; try --device cpu"

@@ -37,12 +37,20 @@ TEMPORARY = re.compile(r"\.unfinished\d+$")  # names of files that are being wri
 
 
 def run_command(main: Callable[[], object], name: str) -> None:
-    """Run a script's main function. Bad input ends in one line and exit status 2, Ctrl-C in 130."""
+    """Run a script's main function. Bad input, or too little memory, ends in one line and exit
+    status 2, Ctrl-C in 130."""
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
         main()
     except (DataError, ModelError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and "allocate memory" not in str(error):
+            raise
+        remedy = "take smaller images or batches, or another --device"
+        print(f"{name}: too little memory; {remedy}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
@@ -77,9 +85,10 @@ def lock(path: Path) -> BinaryIO:
 
 def remove_leftovers(folder: Path, pattern: str = "**/*") -> None:
     """Remove what killed processes were writing, of files whose names match. Only for whoever holds
-    their lock."""
+    their lock: folders below that have locks of their own are left alone."""
     for path in folder.glob(f"{pattern}.unfinished*"):
-        if TEMPORARY.search(path.name):
+        below = path.parents[: len(path.relative_to(folder).parts) - 1]
+        if TEMPORARY.search(path.name) and not any(any(p.glob(".*lock")) for p in below):
             path.unlink(missing_ok=True)
 
 
@@ -196,9 +205,10 @@ def find_run(folder: str | None) -> Path:
 
 
 def holds_results(folder: Path) -> bool:
-    """Whether a folder holds more than what a run leaves that was killed before it had saved."""
-    names = [path.name for path in folder.iterdir()]
-    return any(n not in (".lock", "log.jsonl") and not TEMPORARY.search(n) for n in names)
+    """Whether a folder holds more than what a run leaves that was killed before it had saved, and
+    what file managers put there."""
+    names = {path.name for path in folder.iterdir()} - {"log.jsonl", "Thumbs.db", "desktop.ini"}
+    return any(name[0] != "." and not TEMPORARY.search(name) for name in names)
 
 
 def new_run_folder(out: str | None, name: str) -> Path:

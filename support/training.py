@@ -21,6 +21,7 @@ from tqdm import tqdm
 from efficientad import (
     CHANNELS,
     EfficientAD,
+    ModelError,
     autoencoder_loss,
     hard_feature_loss,
     pretraining_penalty,
@@ -267,8 +268,8 @@ def process_start() -> float:
 def steps_until(
     end: float, take_step: Callable[[int], dict], model: EfficientAD, validation: Sequence
 ) -> int:
-    """How many steps fit in if calibration shall be over at the time `end`: at least one. Takes
-    some steps to time them."""
+    """How many steps fit in if calibration shall be over at the time `end`. Takes some steps to
+    time them. Raises ModelError if fewer than 50 fit."""
     image, device = torch.as_tensor(validation[0])[None], model.threshold.device
     moments, seconds = [], min(60, 0.02 * (end - time.time()))
     while len(moments) < 3 or moments[-1] - moments[0] < seconds:
@@ -283,7 +284,11 @@ def steps_until(
                 m.raw_maps(image.to(m.threshold.device))[0].cpu()
         calibration += passes * len(validation) * (time.time() - begun)
     step = (moments[-1] - moments[0]) / 5 / (len(moments) - 1)  # the first ones are slow
-    return max(1, int((end - calibration - time.time()) / step))
+    steps = int((end - calibration - time.time()) / step)
+    if steps < 50:
+        left = f"preparation and calibration leave time for {max(0, steps)} steps"
+        raise ModelError(f"{left}; give more --minutes, for 50 at least")
+    return steps
 
 
 class Step:

@@ -102,13 +102,14 @@ def test_published_weights_are_fetched_once(server, tmp_path, monkeypatch):
 
 
 def test_teachers_behind_urls_of_one_name(server, tmp_path):
+    """A number in the name is no hash."""
     for site in ("a", "b"):
         (tmp_path / "www" / site).mkdir()
-        torch.save(PDN().state_dict(), tmp_path / "www" / site / "teacher.pt")
+        torch.save(PDN().state_dict(), tmp_path / "www" / site / "teacher-2.pt")
     for site in ("a", "b"):
         teacher = PDN()
-        load_teacher(teacher, "small", f"{server}{site}/teacher.pt")
-        expected = read_checkpoint(tmp_path / "www" / site / "teacher.pt")
+        load_teacher(teacher, "small", f"{server}{site}/teacher-2.pt")
+        expected = read_checkpoint(tmp_path / "www" / site / "teacher-2.pt")
         assert torch.equal(teacher[0].weight, expected["0.weight"])
 
 

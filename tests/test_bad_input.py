@@ -16,7 +16,7 @@ from efficientad import CHANNELS, PDN, EfficientAD, ModelError
 from support.checkpoints import load_model, load_teacher, read_checkpoint, write_checkpoint
 from support.data import open_category
 from support.images import DataError, list_images, read_image
-from support.runs import fingerprint
+from support.runs import fingerprint, holds_results, run_command
 
 
 @pytest.fixture
@@ -110,6 +110,20 @@ def test_folders_that_cannot_be_used(tmp_path, run_script, run):
     (tmp_path / "a/linked").symlink_to(tmp_path / "far")
     found = [p.name for p in list_images(tmp_path / "a", recursive=True)]
     assert found == ["y.png", "x.png"]  # each once
+
+
+def test_folders_that_a_file_manager_has_looked_at(tmp_path):
+    for name in (".lock", "log.jsonl", ".DS_Store", "Thumbs.db"):
+        put(tmp_path / name, b"")
+        assert not holds_results(tmp_path)
+    put(tmp_path / "model.pt", b"")
+    assert holds_results(tmp_path)
+
+
+def test_too_little_memory(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run_command(lambda: torch.empty(2**50), "train.py")
+    assert_refused((2, "", capsys.readouterr().err), "too little memory; take smaller images")
 
 
 def test_unreadable_permissions():

@@ -38,6 +38,19 @@ def test_normal_images_are_loaded_once_without_bad_ones(tmp_path, capsys):
             path.unlink()  # they are in memory
         assert [images[i].max() for i in range(len(good))] == [10 * int(p.stem) for p in good]
     assert loaded.appearance["width"] == [10, 28] and loaded.appearance["gray"] == 1
+    del loaded.training.kept[0]
+    with pytest.raises(DataError, match="no such file"):  # no other image takes its place later
+        loaded.training[0]
+
+
+def test_validation_images_that_are_trained_on_are_noticed(tmp_path, capsys):
+    for i, name in enumerate(("train/good/0", "train/good/1", "validation/good/new")):
+        put(tmp_path / f"part/{name}.png", Image.new("L", (8, 8), 9 * i))
+    put(tmp_path / "part/validation/good/0.png", Image.new("L", (8, 8)))
+    data.load_normal_images(str(tmp_path / "part"), (8, 8), 0, skip_bad=False)
+    note = capsys.readouterr().err.splitlines()[-1]
+    path = tmp_path / "part/validation/good/0.png"
+    assert f"1 of 2 validation images are copies of training images, such as {path}:" in note
 
 
 def test_a_set_that_cannot_be_evaluated_later_is_noticed(tmp_path, capsys):

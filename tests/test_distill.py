@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_refused, log_of, put, random_norms, same
+from conftest import ROOT, TINY, assert_refused, files, log_of, put, random_norms, same
 from PIL import Image
 
 from support.backbone import PatchFeatures, load_weights, make_trunk
@@ -75,6 +75,13 @@ def test_resumed_equals_uninterrupted(more, photos, run_script, tmp_path, interr
     optimizers = read_checkpoint(tmp_path / "cut.pt.resume")["optimizers"]  # Adam and, or not, Muon
     assert {o["param_groups"][0]["full_lr"] for o in optimizers} == {1e-3}
     assert_refused(run_script(*resume, "--seed", 1), "cut.pt.resume: made with other options")
+    whole = files(tmp_path / "photos")
+    for name in whole:
+        put(tmp_path / "photos" / name, b"")
+    result = run_script(*resume)
+    assert_refused(result, "not an image", "--resume, put a readable photo of this name there")
+    for name, content in whole.items():
+        put(tmp_path / "photos" / name, content)
     put(tmp_path / "photos/new.png")
     assert_refused(run_script(*resume), "photos: other photos than when the run began; put them")
     # as a killed process leaves it

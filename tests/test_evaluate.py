@@ -225,6 +225,8 @@ def test_which_run(run, run_script, tmp_path):
     assert_refused(result, "runs/cut: not trained to the end; go on with:", "--resume runs/cut")
     result = run_script("evaluate.py", "--run", "runs/set", *CPU)
     assert_refused(result, "runs/set: is a folder of runs", "tools.sweep --evaluate runs/set")
+    result = run_script("evaluate.py", "--run", "runs/old", "--out", "runs/set/new")
+    assert_refused(result, "runs/set/new: holds another run; choose another --out")
 
 
 def test_nan_is_never_called_normal(own, run_script, monkeypatch):

@@ -381,3 +381,12 @@ def test_strips_have_no_seams(size, padding, monkeypatch):
         for a, b in zip(found, expected):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert not model.oversized(images)  # with gradient nothing is divided
+
+
+def test_large_images_do_not_take_more_memory_to_optimize(monkeypatch):
+    """oneDNN orders a PDN's weights for a strip of the image."""
+    model, shapes = TiledEfficientAD(image_size=(192, 128)).eval(), []
+    monkeypatch.setattr(support.tiling, "TILE", model.activation // 3)
+    monkeypatch.setattr("support.fast.fuse_relu", lambda _, x: shapes.append(x.shape))
+    optimize(model, "fp32")
+    assert shapes == [(1, 3, 192, 128), (1, 3, 64, 128), (1, 3, 64, 128)]

@@ -44,9 +44,11 @@ def test_score_a_folder(run, run_script, tmp_path):
     assert pictures(run / "images") == ["overlays/b.png.png"]
 
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    others = put(tmp_path / "away/notes/a.tmp1", b"mine")
+    put(tmp_path / "away/images/a.unfinished1", b"left by a killed process")
+    others = put(tmp_path / "away/another/.lock", b"").with_name("resume.pt.unfinished1")
+    put(others, b"being written")
     assert run_script(*command, "in", "--out", "away", *CPU)[0] == 0  # the run may be read-only
-    assert others.exists()
+    assert others.exists() and not (tmp_path / "away/images/a.unfinished1").exists()
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     assert rows_of(tmp_path / "away/images/scores.csv") == rows
 

@@ -138,12 +138,13 @@ def test_interrupted_run_is_resumed(loco, run_script, tmp_path, interrupt_at):
 def test_interrupted_run_goes_on_with_its_own_options_on_the_device_given_now(tmp_path, made):
     """It began on a GPU, with that one's defaults, and goes on without."""
     job = train.Options(out=str(tmp_path), device="cpu", data=str(tmp_path), skip_bad_images=True)
-    begun = vars(job) | {"device": "cuda", "steps": 70000, "lr": 1e-4, "skip_bad_images": False}
+    begun = vars(job) | {"device": "cuda", "steps": 70000, "recipe": "paper", "lr": 1e-4}
+    begun["skip_bad_images"] = False
     torch.save({"format": "run", "options": begun}, tmp_path / "resume.pt")
     sweep.train_run(job, made.append)
     (resumed,) = made
     assert (resumed.device, resumed.resume) == ("cpu", str(tmp_path)) and resumed.skip_bad_images
-    assert resumed.steps == 70000 != job.steps
+    assert (resumed.steps, resumed.recipe) == (70000, "paper") != (job.steps, job.recipe)
 
 
 def test_a_run_of_other_data_or_options_is_refused(loco, run_script, tmp_path):

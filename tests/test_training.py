@@ -15,7 +15,7 @@ from torch import nn
 
 import support.training
 import train
-from efficientad import EfficientAD, autoencoder_loss
+from efficientad import EfficientAD, ModelError, autoencoder_loss
 from support.optimizers import Muon, make_adam, orthogonal, set_rate
 from support.training import (
     Step,
@@ -214,9 +214,11 @@ def test_steps_until(monkeypatch):
         return take(1, {"hard": torch.zeros(())})
 
     model.raw_maps = lambda _: take(2, (torch.zeros(1),))
-    for end, images, steps in ((500, 1, 500 - 6 - 23), (500, 9, 500 - 54 - 23), (0, 1, 1)):
+    for end, images, steps in ((500, 1, 500 - 6 - 23), (500, 9, 500 - 54 - 23)):
         now[0] = 0  # 23 seconds: 15 steps, and four passes of the model
         assert steps_until(end, take_step, model, [image] * images) == steps
+    with pytest.raises(ModelError, match="leave time for 41 steps; give more --minutes"):
+        steps_until(now[0] + 70, take_step, model, [image])
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")

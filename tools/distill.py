@@ -126,10 +126,14 @@ class Views:
 
     def photo(self, p: int) -> Image.Image:
         """Photo p, decoded; kept while there is room."""
-        image = self.decoded.get(p) or read_image(self.paths[p])
+        try:
+            image = self.decoded.get(p) or read_image(self.paths[p])
+        except DataError as error:
+            remedy = "to go on with --resume, put a readable photo of this name there"
+            raise DataError(f"{error}; {remedy}") from None
         if p not in self.decoded and self.room > 0:
             self.decoded[p] = image
-            self.room -= 3 * image.width * image.height
+            self.room -= 4 * image.width * image.height
         return image
 
     def __getitem__(self, i: int) -> list[np.ndarray]:

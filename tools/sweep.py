@@ -143,7 +143,11 @@ def train_run(job: RunOptions, train: Callable[[RunOptions], Path]) -> None:
         print(f"{job.out}: interrupted, goes on", file=sys.stderr)
         options = ["--resume", job.out, "--device", job.device]
         options += ["--skip-bad-images"] * job.skip_bad_images
-        train(parse_options(type(job), USAGE, options))
+        threads = torch.get_num_threads()  # a resumed run takes as many as it began with
+        try:
+            train(parse_options(type(job), USAGE, options))
+        finally:
+            torch.set_num_threads(threads)
 
 
 def train_all(jobs: list[RunOptions], train: Callable[[RunOptions], Path]) -> None:
