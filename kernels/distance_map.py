@@ -45,8 +45,9 @@ def distance(a, b, position, sizes, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOC
     n, y, x = position // (H * W), position // W % H, position % W
     a_ptr, a_stride = a
     b_ptr, b_stride = b
-    a_ptr += (n.to(tl.int64) * a_stride[0] + y * a_stride[2] + x * a_stride[3])[:, None]
-    b_ptr += (n.to(tl.int64) * b_stride[0] + y * b_stride[2] + x * b_stride[3])[:, None]
+    n, y = n.to(tl.int64), y.to(tl.int64)  # a large map has more than 2³¹ elements
+    a_ptr += (n * a_stride[0] + y * a_stride[2] + x * a_stride[3])[:, None]
+    b_ptr += (n * b_stride[0] + y * b_stride[2] + x * b_stride[3])[:, None]
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)[None, :]

@@ -31,7 +31,8 @@ CONFIG, PROGRAMS = {"BINS": 64, "BLOCK": 2048, "num_warps": 8}, 396
 def quantile_reference(x, q):
     """The same in plain torch, by sorting."""
     ordered = x.flatten().sort().values  # NaN last
-    position = torch.tensor(q, dtype=torch.float64, device=x.device) * (x.numel() - 1)
+    # No tensor is copied from the host: that would end a capture.
+    position = x.new_full((), q * (x.numel() - 1), dtype=torch.float64)
     low, high = ordered.take(position.floor().long()), ordered.take(position.ceil().long())
     weight = position.frac().to(x)
     value = torch.where(weight == 0, low, torch.lerp(low, high, weight))  # inf − inf is NaN

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import kernels
 from efficientad import PDN, use_kernels
-from kernels.runtime import has_tma
+from kernels.runtime import has_tma, launches
 from support.graphs import beside, graph_milliseconds, side_stream
 
 
@@ -122,10 +122,10 @@ class Layer(nn.Module):
 
     def find_kernel(self, teacher: nn.Conv2d, student: nn.Conv2d) -> Callable | None:
         """The kernel that can compute the layer here, if there is one."""
-        c = teacher.weight.shape[1]
-        if student.weight.shape[1] != c:
+        c, device = teacher.weight.shape[1], teacher.weight.device
+        if student.weight.shape[1] != c or (device.type == "cuda" and not launches(device)):
             return None
-        rows = has_tma(teacher.weight.device) and not self.padding and c % 64 == 0
+        rows = has_tma(device) and not self.padding and c % 64 == 0
         if self.pool is None:
             return self.rows if rows else None
         return self.rows_pool if rows else self.relu_pool

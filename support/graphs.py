@@ -1,6 +1,8 @@
 """CUDA graphs: a pass or a training step as one launch."""
 
+import gc
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -32,25 +34,31 @@ def side_stream(device: torch.device, purpose: str = "autoencoder") -> torch.cud
 
 
 def graph_milliseconds(function: Callable) -> float:
-    """The GPU's time of a call, by replaying a graph of ten: the host takes longer to launch a
-    graph than a short kernel takes. The least of seven replays. Infinite, with a warning, if it
-    cannot be captured."""
+    """The GPU's time of a call, by replaying a graph of it, or of ten if they are short: the host
+    takes longer to launch a graph than a short kernel takes. The least of seven replays. Infinite,
+    with a warning, if it cannot be captured."""
 
-    def ten() -> object:
-        for _ in range(10):
+    def calls() -> object:
+        for _ in range(repeats):
             result = function()  # one at a time: they may be large
         return result
 
-    device, events = torch.device("cuda", torch.cuda.current_device()), []
-    graphed = Graphed(ten, device)
-    for _ in range(Graphed.WARM_UP + 1):
+    device, events, repeats = torch.device("cuda", torch.cuda.current_device()), [], 1
+    graphed = Graphed(calls, device)
+    graphed()  # the first call compiles and tunes
+    torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    graphed()
+    torch.cuda.synchronize(device)
+    repeats = 10 if time.perf_counter() - began < 2e-3 else 1
+    for _ in range(Graphed.WARM_UP - 1):
         graphed()
     for _ in range(8):
         events.append(torch.cuda.Event(enable_timing=True))
         events[-1].record()
         graphed()
     torch.cuda.synchronize(device)
-    times = [start.elapsed_time(end) / 10 for start, end in pairwise(events)]
+    times = [start.elapsed_time(end) / repeats for start, end in pairwise(events)]
     return min(times) if graphed.graph else float("inf")
 
 
@@ -102,6 +110,8 @@ class Graphed:
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         # another thread, such as a data loader's, may call the GPU meanwhile
         options = {"pool": pool, "stream": self.stream, "capture_error_mode": "thread_local"}
+        collects = gc.isenabled()
+        gc.disable()  # to destroy another graph meanwhile would end the capture
         try:
             with torch.cuda.stream(torch.cuda.current_stream()):  # a failure would leave another
                 with torch.cuda.graph(graph, **options):
@@ -113,7 +123,10 @@ class Graphed:
                 torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
             self.stream = self.result = None
             return
-        self.graph = graph
+        finally:
+            if collects:
+                gc.enable()
+        self.graph, self.function = graph, None  # which may hold this object: no cycle is left
 
 
 class BatchGraphs:
@@ -134,8 +147,9 @@ class BatchGraphs:
                 buffer = torch.zeros(n, 3, *image_size, dtype=torch.uint8, device=device)
             self.graphs[n] = buffer, Graphed(partial(function, buffer), device)
         with self.turn, cudnn_tunes(), torch.no_grad():
-            if self.graphs:  # earlier calls' work is over
+            if self.graphs:  # earlier calls' work is over; a dropped model's graphs hold memory
                 torch.cuda.synchronize(device)
+                gc.collect()
             for _, graph in self.graphs.values():
                 for _ in range(Graphed.WARM_UP + 1):
                     graph()

@@ -84,9 +84,9 @@ class Options:
     resume: bool = option(False, "go on from FILE.resume, with the same options")
 
     def __post_init__(self) -> None:
+        if WORLD > 1 and (self.device or "cuda").startswith("cuda") and torch.cuda.is_available():
+            self.device = f"cuda:{LOCAL_RANK}"
         self.device = str(pick_device(self.device))
-        if self.device.startswith("cuda") and WORLD > 1:
-            self.device = str(pick_device(f"cuda:{LOCAL_RANK}"))
         self.out = self.out or f"runs/distill-{self.size}/teacher_{self.size}.pt"
         if min(self.steps, self.batch_size, self.statistics_images, self.checkpoint_every) < 1:
             counts = "--steps, --batch-size, --statistics-images and --checkpoint-every"

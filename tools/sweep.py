@@ -285,9 +285,14 @@ def main(argv: list[str] | None = None) -> None:
         jobs = list_jobs(sweep, model.Options(data=sweep.data, **given))
     except OptionError as error:
         parser.error(str(error))
-    if jobs[0].device.startswith("cuda") and rank >= gpus:
+    processes, device = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), jobs[0].device
+    if device.startswith("cuda") and rank >= gpus:
         reason = "start as many as there are, or use --device cpu"
         raise ModelError(f"torchrun: process {rank} has no GPU of its own; {reason}")
+    if device.startswith("cuda") and processes > 1:
+        if device != "cuda":
+            parser.error(f"--device {device}: with torchrun each process takes a GPU of its own")
+        torch.set_num_threads(max(1, os.cpu_count() // processes))  # torchrun gives them one
     train_all(jobs, model.train)
 
 
