@@ -122,10 +122,10 @@ class Layer(nn.Module):
 
     def find_kernel(self, teacher: nn.Conv2d, student: nn.Conv2d) -> Callable | None:
         """The kernel that can compute the layer here, if there is one."""
-        c, device = teacher.weight.shape[1], teacher.weight.device
-        if student.weight.shape[1] != c or (device.type == "cuda" and not launches(device)):
+        c = teacher.weight.shape[1]
+        if student.weight.shape[1] != c:
             return None
-        rows = has_tma(device) and not self.padding and c % 64 == 0
+        rows = has_tma(teacher.weight.device) and not self.padding and c % 64 == 0
         if self.pool is None:
             return self.rows if rows else None
         return self.rows_pool if rows else self.relu_pool
@@ -194,11 +194,12 @@ class Pair(nn.Module):
         mixture beats all kernels and no kernel. Returns what was chosen, in words.
 
         EFFICIENTAD_KERNELS=1 takes every kernel and 0 none, without measuring."""
-        n, there = len(x), [layer.kernel is not None for layer in self.layers]
-        none = [False] * len(there)
+        n, none = len(x), [False] * len(self.layers)
         if not use_kernels(x):
             self.with_kernels[n] = none
             return "no kernels"
+        can = not x.is_cuda or launches(x.device)
+        there = [can and layer.kernel is not None for layer in self.layers]
         if os.environ.get("EFFICIENTAD_KERNELS") == "1":
             self.with_kernels[n] = there
             return "every kernel, by EFFICIENTAD_KERNELS=1"

@@ -101,7 +101,8 @@ class RunOptions:
     """What every training run has."""
 
     command: typing.ClassVar[str]  # what starts such a run
-    by_device: typing.ClassVar = {"steps", "lr", "precision", "recipe"}  # by default
+    # options whose defaults depend on the device
+    by_device: typing.ClassVar = {"steps", "lr", "precision", "recipe"}
     data: str = option("demo", "a category's folder, a folder of normal images, or demo")
     image_size: list[int] | None = option(None, "H W, or one number; default 256, demo set 128")
     batch_size: int = option(1, "images in a step")
