@@ -87,11 +87,11 @@ class PDN(nn.Sequential):
         super().__init__(*layers)
 
     def forward(self, x: Tensor, stem: Tensor | None = None) -> Tensor:
-        """`stem`: the stem's output for x, if it is known."""
+        """Input and output: see the class. `stem`: `self.stem(x)`, if it is known."""
         return self[-1](self.hidden(self.stem(x) if stem is None else stem))
 
     def stem(self, x: Tensor) -> Tensor:
-        """The first two convolutions, each with ReLU and pooling."""
+        """The first two convolutions, each with ReLU and pooling: at 256² N×256×61×61 (M: 512)."""
         layers = list(self)
         return pooled_stage(pooled_stage(x, *layers[:3]), *layers[3:6])
 
@@ -257,7 +257,7 @@ class EfficientAD(nn.Module):
         return maps["combined"], scores["combined"]
 
     def predict(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Maps N×1×H×W and scores N by name; the model's own are the first ones."""
+        """Maps N×1×H×W and scores N by name: combined (the model's own), local, global."""
         maps = self.maps(images)
         return maps, {name: m.amax((1, 2, 3)) for name, m in maps.items()}
 
@@ -325,8 +325,7 @@ class EfficientAD(nn.Module):
 
     @torch.no_grad()
     def fit_teacher_statistics(self, batches: Iterable[Tensor]) -> None:
-        """Set teacher_mean and teacher_std from the training images, batches N×3×H×W (section 3.2).
-        Raises ModelError if a channel of the teacher is constant over them."""
+        """Set teacher_mean μ and teacher_std σ from the training images, batches N×3×H×W. Raises ModelError if a channel of the teacher is constant over them."""
         mean, std = channel_statistics(self.teacher(self.normalize(b)) for b in batches)
         if not bool((std > 0).all()):
             raise ModelError("a teacher channel is constant over the training images: use another")

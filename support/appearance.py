@@ -14,7 +14,7 @@ DRIFT = {  # a look, and the words for less and for more of it
 
 
 class Appearance(NamedTuple):
-    """What is compared of an image with the training images."""
+    """What is compared of an image with the known normal images."""
 
     width: int
     height: int
@@ -48,11 +48,10 @@ def appearance_range(appearances: list[Appearance]) -> dict:
 
 
 def differences(appearance: Appearance, known: dict) -> list[str]:
-    """How an image differs from the training images, in words: size or aspect outside their range;
+    """How an image differs from the known normal images, in words: size or aspect outside their range;
     gray among coloured ones, or coloured among gray ones; darker or brighter than all by more than
     a quarter of their range and by more than 5 of 255. (By chance a new image lies a little outside
-    the range of n others, with probability 2/(n + 1).) `known`: `appearance_range` of the training
-    images. Empty if it does not differ."""
+    the range of n others, with probability 2/(n + 1).) `known`: `appearance_range` of those. Empty if it does not differ."""
     width, height, gray, brightness, *_ = appearance
     found, (least, greatest) = [], known["brightness"]
     sizes = {"width": width, "height": height, "aspect": width / height}.items()
@@ -67,8 +66,8 @@ def differences(appearance: Appearance, known: dict) -> list[str]:
 
 
 def drift(appearances: list[Appearance], known: dict) -> str:
-    """How a set of images differs on the whole from the training images, in words and in standard
-    deviations of these, for each look in DRIFT whose median is more than one of them, and more than
+    """How a set of images differs on the whole from the known normal images, in words and in
+    standard deviations of these, for each look in DRIFT whose median is more than one of them, and more than
     three standard errors, from their mean. `known` as in `differences`; without "looks", as earlier
     versions kept it, nothing is found. Empty if the set does not differ."""
     found, n = [], len(appearances)

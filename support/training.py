@@ -114,7 +114,7 @@ def draw(n: int, unchanged: float = 0.0) -> Tensor:
 
 
 def augment(images: Tensor, factor: Tensor, kind: Tensor) -> Tensor:
-    """J (section 3.3): brightness (kind 0), contrast (1) or saturation (2) of each image times its
+    """J (supplementary material): brightness (kind 0), contrast (1) or saturation (2) of each image times its
     factor. Images uint8 N×3×H×W, factor and kind N×1×1×1 -> float N×3×H×W in 0–1."""
     images = images.float() / 255
     gray = luma(images)
