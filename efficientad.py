@@ -325,7 +325,8 @@ class EfficientAD(nn.Module):
 
     @torch.no_grad()
     def fit_teacher_statistics(self, batches: Iterable[Tensor]) -> None:
-        """Set teacher_mean μ and teacher_std σ from the training images, batches N×3×H×W. Raises ModelError if a channel of the teacher is constant over them."""
+        """Set teacher_mean μ and teacher_std σ from the training images, batches N×3×H×W.
+        Raises ModelError if a channel of the teacher is constant over them."""
         mean, std = channel_statistics(self.teacher(self.normalize(b)) for b in batches)
         if not bool((std > 0).all()):
             raise ModelError("a teacher channel is constant over the training images: use another")

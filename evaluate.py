@@ -115,6 +115,7 @@ def evaluate(run: Path, model: nn.Module, options: Options) -> dict:
 
     # Predict: maps and scores of each image. Maps are kept in a file. `looks`: of good images.
     entries, sizes, looks, localization = [], [], [], metrics.Localization(saturated=loco)
+    masked = any(sample.masks for sample in category.test)
     tiffs = folder / "anomaly_maps" / category.name
     new_tiffs = report.new_folder(tiffs) if options.tiff else nullcontext()
     new_overlays = report.new_folder(folder / "overlays")
@@ -136,7 +137,8 @@ def evaluate(run: Path, model: nn.Module, options: Options) -> dict:
             sizes.append(image.size)
             entry = {"name": name, "defect": sample.defect, "scores": scores}
             entries.append(entry | report.report_entry(image, mask, maps, scale))
-            write(overlays / f"{name}.png", report.overlay(image, mask, maps, scores, scale))
+            shown = mask if masked else None
+            write(overlays / f"{name}.png", report.overlay(image, shown, maps, scores, scale))
         if localization.located:
             localization.measure(tqdm(read_back(kept, own, sizes), "measuring", len(sizes)))
 

@@ -167,10 +167,10 @@ def train(options: Options, began: float | None = None) -> Path:
             each = training.one_by_one(data["images"], device, "teacher statistics")
             model.fit_teacher_statistics(each)
     if options.steps is None:
-        options.steps = 10**6  # of the copy that measures
-        trial = copy.deepcopy(model)
+        options.steps, trial = 10**6, copy.deepcopy(model)  # the copy measures
         take_step = make_step(trial, optimizers_of(trial, options), options, data)
         options.steps = training.steps_until(end, take_step, model, normal.validation)
+        del trial, take_step
 
     optimizers = optimizers_of(model, options)
     run = Run(options, normal, options.size, photos)  # new, or as an interrupted run left it

@@ -151,6 +151,7 @@ def matrices(x: Tensor, weight: Tensor, pixels: int, rows: int) -> tuple:
     weight."""
     (n, channels, h, w), pitch, o = x.shape, x.stride(3), len(weight)
     shape = [n * h * w // pixels, pitch * (pixels - 1) + channels]
+    weight = weight if weight.data_ptr() % 16 == 0 else weight.clone()
     x = TensorDescriptor(x, shape, [pixels * pitch, 1], [rows, CONFIG["BLOCK_K"]])
     k = weight[0].numel()
     box = [CONFIG["BLOCK_O"], CONFIG["BLOCK_K"]]
@@ -162,7 +163,7 @@ def rows_in_order(x: Tensor) -> Tensor:
     bytes, as the TMA wants it; else a copy. A slice of channels is not copied."""
     (_, _, h, w), (sn, sc, sh, sw) = x.shape, x.stride()
     in_order = sc == 1 and sh == w * sw and sn == h * sh and sw * x.element_size() % 16 == 0
-    return x if in_order and x.data_ptr() % 16 == 0 else x.contiguous(memory_format=LAST)
+    return x if in_order and x.data_ptr() % 16 == 0 else x.clone(memory_format=LAST)
 
 
 @operator("efficientad::conv_rows", reference, tma=True)

@@ -30,7 +30,8 @@ def appearance_of(image: Image.Image) -> Appearance:
     red, *others = image.split()
     gray = not any(ImageChops.difference(red, other).getbbox() for other in others)
     luma, colours = ImageStat.Stat(image.convert("L")), ImageStat.Stat(image)
-    looks = luma.mean[0], luma.stddev[0], colours.mean[0] - colours.mean[2]
+    contrast = max(0.0, luma.var[0]) ** 0.5  # rounding may leave less than 0
+    looks = luma.mean[0], contrast, colours.mean[0] - colours.mean[2]
     return Appearance(*image.size, gray, *looks, zlib.crc32(image.tobytes()))
 
 
@@ -48,10 +49,11 @@ def appearance_range(appearances: list[Appearance]) -> dict:
 
 
 def differences(appearance: Appearance, known: dict) -> list[str]:
-    """How an image differs from the known normal images, in words: size or aspect outside their range;
-    gray among coloured ones, or coloured among gray ones; darker or brighter than all by more than
-    a quarter of their range and by more than 5 of 255. (By chance a new image lies a little outside
-    the range of n others, with probability 2/(n + 1).) `known`: `appearance_range` of those. Empty if it does not differ."""
+    """How an image differs from the known normal images, in words: size or aspect outside their
+    range; gray among coloured ones, or coloured among gray ones; darker or brighter than all by
+    more than a quarter of their range and by more than 5 of 255. (By chance a new image lies a
+    little outside the range of n others, with probability 2/(n + 1).) `known`: `appearance_range`
+    of those. Empty if it does not differ."""
     width, height, gray, brightness, *_ = appearance
     found, (least, greatest) = [], known["brightness"]
     sizes = {"width": width, "height": height, "aspect": width / height}.items()
@@ -67,9 +69,9 @@ def differences(appearance: Appearance, known: dict) -> list[str]:
 
 def drift(appearances: list[Appearance], known: dict) -> str:
     """How a set of images differs on the whole from the known normal images, in words and in
-    standard deviations of these, for each look in DRIFT whose median is more than one of them, and more than
-    three standard errors, from their mean. `known` as in `differences`; without "looks", as earlier
-    versions kept it, nothing is found. Empty if the set does not differ."""
+    standard deviations of these, for each look in DRIFT whose median is more than one of them, and
+    more than three standard errors, from their mean. `known` as in `differences`; without "looks",
+    as earlier versions kept it, nothing is found. Empty if the set does not differ."""
     found, n = [], len(appearances)
     for name, (mean, deviation) in known.get("looks", {}).items():
         median = float(np.median([getattr(a, name) for a in appearances]))

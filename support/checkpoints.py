@@ -18,6 +18,14 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     return bool(torch.stack([t.detach().isfinite().all() for t in tensors]).all())
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error, of torch or its libraries, says that memory is too small."""
+    words = ("allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
 def write_checkpoint(checkpoint: dict, path: str | Path) -> None:
     """torch.save under a temporary name in the same folder, then rename: a reader never sees half a
     file, and what `path` held stays whole if this fails. Raises ModelError if it fails."""
@@ -67,7 +75,9 @@ def read_checkpoint(path: str | Path) -> dict:
         reason = f"cannot be read ({error.strerror or getattr(error, 'reason', error)})"
         remedy = "; fetch it on another machine and pass the file" if is_url(path) else ""
         raise ModelError(f"{path}: {reason}{remedy}") from None
-    except Exception:  # torch.load raises many kinds of errors for a foreign or damaged file
+    except Exception as error:  # torch.load raises many kinds for a foreign or damaged file
+        if out_of_memory(error):
+            raise
         reason = "not a readable checkpoint (damaged, or of another program)"
         raise ModelError(f"{path}: {reason}") from None
     if not isinstance(checkpoint, dict):

@@ -38,7 +38,7 @@ class Sample:
 
     def mask_values(self, size: Size) -> list[np.ndarray]:
         """The defect's masks as they are stored, integer H×W each; see `mask`."""
-        pixels = [np.asarray(open_image(file)) for file in self.masks]
+        pixels = [np.asarray(open_image(file, black=True)) for file in self.masks]
         masks = [mask.max(-1) if mask.ndim == 3 else mask for mask in pixels]
         for file, mask in zip(self.masks, masks):
             if not mask.any():
@@ -195,7 +195,7 @@ def _mvtec_test(root: Path, loco: bool) -> list[Sample]:
                 masks = list_images(own) if own.is_dir() else []
             if folder.name == "good":
                 for mask in masks:
-                    if np.asarray(open_image(mask)).any():
+                    if np.asarray(open_image(mask, black=True)).any():
                         where = "marks a defect in an image of test/good"
                         raise DataError(f"{mask}: {where}; move the image or remove the mask")
                 masks = []
@@ -233,7 +233,9 @@ def _open_visa(root: Path, name: str) -> Category:
             reason = "is normal and has a mask" if sample.masks else "is an anomaly without a mask"
             raise DataError(f"{table}: {sample.path.name} {reason}; mend its row")
     test.sort(key=lambda sample: (sample.defect, sample.path))
-    return Category(name, "visa", root, sorted({sample.path for sample in train}), None, test)
+    return Category(
+        name, "visa", root.resolve(), sorted({sample.path for sample in train}), None, test
+    )
 
 
 @dataclass
@@ -259,6 +261,10 @@ def load_normal_images(data: str, size: Size, seed: int, skip_bad: bool) -> Norm
     training, validation = (Images(paths, size, skip_bad=skip_bad) for paths in parts)
     for images in (training, validation):
         images.check()
+    kept = [array.max() for images in (training, validation) for array in images.kept.values()]
+    if max(kept, default=255) < 32:
+        reason = f"no pixel is brighter than {max(kept)} of 255, as with 12 bits in files of 16"
+        print(f"note: {category.root}: {reason}: scale the images", file=sys.stderr)
     skipped = [*training.errors.values(), *validation.errors.values()]
     trained_on, held_out = (list(images.appearances.values()) for images in (training, validation))
     appearance = appearance_range(trained_on + held_out)

@@ -13,7 +13,8 @@ from support.appearance import appearance_of
 
 warnings.filterwarnings("ignore", module=r"PIL\b")  # `open_image` says what matters
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
-UNREAD = {".arw", ".avif", ".cr2", ".dng", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".nef", ".raw"}
+UNREAD = {".arw", ".avif", ".cr2", ".dng", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl"}
+UNREAD |= {".nef", ".pbm", ".pgm", ".ppm", ".raw", ".tga"}
 Size = tuple[int, int]  # (H, W)
 
 
@@ -21,9 +22,10 @@ class DataError(ValueError):
     """A file or folder is missing, damaged or unknown. The message names it and the remedy."""
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """The image in a file, in mode RGB, or I if it has 16 or 32 bits, as a mask may have. Raises
-    DataError if the file cannot be read or holds several images."""
+def open_image(path: str | Path, black: bool = False) -> Image.Image:
+    """The image in a file, in mode RGB, or I if it has 16 or 32 bits, as a mask may have. Alpha is
+    dropped; with `black` transparent pixels become black. Raises DataError if the file cannot be
+    read or holds several images."""
     try:
         with Image.open(path) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow allows twice as many
@@ -34,6 +36,9 @@ def open_image(path: str | Path) -> Image.Image:
             if image.mode == "F":
                 raise DataError(f"{path}: floating-point image; save it with 8 or 16 bits")
             image = ImageOps.exif_transpose(image)
+            if black and image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
             return image if image.mode.startswith("I") else image.convert("RGB")
     except DataError:
         raise

@@ -45,10 +45,6 @@ def recalibrate(run: Path, model: nn.Module, folder: Path, confirmed: bool, skip
             problem = f"above the threshold of {threshold:.3f} by far, like a defect"
             remedy = "take defects out, or confirm with --yes"
             raise DataError(f"{', '.join(odd)}: {problem}; {remedy}")
-    number = 1
-    while (run / f"model-{number}.pt").exists():
-        number += 1
-    write(run / f"model-{number}.pt", (run / "model.pt").read_bytes())
     had_int8 = "int8" in info
     if isinstance(model, EfficientAD):
         how = info.get("map_normalization", "quantile"), info.get("a", 0.9), info.get("b", 0.995)
@@ -61,6 +57,10 @@ def recalibrate(run: Path, model: nn.Module, folder: Path, confirmed: bool, skip
     kept = {"trained_on": sorted(trained_on), "calibrated_on": fingerprints}
     info |= {"validation_images": len(images), "accepted": str(folder.resolve())}
     info["appearance"] = appearance_range(looks) | kept
+    number = 1
+    while (run / f"model-{number}.pt").exists():
+        number += 1
+    write(run / f"model-{number}.pt", (run / "model.pt").read_bytes())
     write_checkpoint(model.cpu().checkpoint(), run / "model.pt")
     threshold, changed = model.threshold.item(), 0
     for path, old, score, look in zip(images.paths, before, scores, looks):

@@ -155,6 +155,8 @@ def new_folder(old: Path) -> Iterator[Path]:
     new.mkdir(parents=True)
     try:
         yield new
+        if old.is_symlink():
+            old.unlink()
         shutil.rmtree(old, ignore_errors=True)
         new.rename(old)
     finally:
@@ -183,7 +185,7 @@ def report_entry(
         entry["maps"][name] = data_uri(Image.fromarray(layer.astype(np.uint8)), "png")
     if mask is not None and mask.any():
         inside = Image.fromarray(mask).convert("L").resize(size, Image.Resampling.BILINEAR)
-        inside = inside.point(lambda v: 255 if v > 127 else 0)
+        inside = inside.point(lambda v: 255 if v else 0)  # small defects too
         edge = ImageChops.difference(inside.filter(ImageFilter.MaxFilter(3)), inside)
         outline = Image.new("RGBA", size)
         outline.paste((90, 255, 255, 255), mask=edge)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from efficientad import ModelError
-from support.checkpoints import all_finite, is_url, read_checkpoint, write_checkpoint
+from support.checkpoints import all_finite, is_url, out_of_memory, read_checkpoint, write_checkpoint
 from support.data import NormalImages
 from support.images import DataError
 from support.metrics import false_alarms
@@ -46,8 +46,7 @@ def run_command(main: Callable[[], object], name: str) -> None:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not known and "allocate memory" not in str(error):
+        if not out_of_memory(error):
             raise
         remedy = "take smaller images or batches, or another --device"
         print(f"{name}: too little memory; {remedy}", file=sys.stderr)
@@ -286,7 +285,9 @@ class Run:
                 self.step, self.seconds = state["step"], state["seconds"]
                 self.errors |= state["errors"]
                 torch.set_num_threads(state["threads"])  # sums depend on it in their last bits
-        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            if out_of_memory(error):
+                raise
             reason = "damaged, or of another model; start the run again"
             raise ModelError(f"{path}: {reason}") from None
         if changed:

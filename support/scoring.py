@@ -117,8 +117,8 @@ def score_folder(
     have a thread each, and a few images are in memory at a time. `rate`: see `threshold_at`. Raises
     DataError for an image that cannot be read (with `skip_bad` it is left out and listed), or if
     `place` lies in the folder."""
-    own = Path(os.path.realpath(place))
-    if Path(os.path.realpath(folder)) in (own, *own.parents):
+    own, images = Path(os.path.realpath(place)), Path(os.path.realpath(folder))
+    if images in (own, *own.parents) or own in images.parents:
         raise DataError(f"{place}: overlays would lie among the images; choose another --out")
     info, (threshold, meaning) = model.training_info, threshold_at(model, rate)
     scale, known_looks = (float(model.floor), threshold), info.get("appearance")

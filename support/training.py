@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -86,11 +85,14 @@ def one_by_one(images: Sequence, device: torch.device, purpose: str) -> Iterator
 
 
 def keep_on_device(images: Images, device: torch.device) -> Images | Tensor:
-    """All images as uint8 N×3×H×W on the device, if they take no more than KEPT_BYTES."""
+    """All images as uint8 N×3×H×W on the device, if they take no more than KEPT_BYTES; `images`
+    then keeps none itself."""
     if len(images) * 3 * math.prod(images.size) > KEPT_BYTES:
         return images
     decoded = in_threads(lambda i: torch.as_tensor(images[i]), range(len(images)))
-    return torch.stack(list(decoded)).to(device)
+    stacked = torch.stack(list(decoded)).to(device)
+    images.kept.clear()
+    return stacked
 
 
 # ---------------------------------------------------------------------------------- augmentation
@@ -114,8 +116,8 @@ def draw(n: int, unchanged: float = 0.0) -> Tensor:
 
 
 def augment(images: Tensor, factor: Tensor, kind: Tensor) -> Tensor:
-    """J (supplementary material): brightness (kind 0), contrast (1) or saturation (2) of each image times its
-    factor. Images uint8 N×3×H×W, factor and kind N×1×1×1 -> float N×3×H×W in 0–1."""
+    """J (supplementary material): brightness (kind 0), contrast (1) or saturation (2) of each image
+    times its factor. Images uint8 N×3×H×W, factor and kind N×1×1×1 -> float N×3×H×W in 0–1."""
     images = images.float() / 255
     gray = luma(images)
     contrast = torch.where(kind == 1, gray.mean((2, 3), keepdim=True), gray)
@@ -256,13 +258,9 @@ def start_from_teacher(model: EfficientAD) -> None:
 
 
 def process_start() -> float:
-    """When this process began, in seconds since 1970: imports took a while."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-        booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-        return booted + ticks / os.sysconf("SC_CLK_TCK")
-    except (AttributeError, OSError, IndexError, ValueError):  # not Linux
-        return time.time() - time.process_time()
+    """When this process began, in seconds since 1970: imports took a while. The system's own record
+    would count what a shell did before it became this process."""
+    return time.time() - time.process_time()
 
 
 def steps_until(

@@ -126,6 +126,12 @@ def test_conv_rows(n, c, o, h, w, size, split, dtype):
         assert rms_error(y, F.avg_pool2d(expected.relu(), 2)) < bound
 
 
+def at_8_bytes(x):
+    """A copy in channels last whose memory does not begin at a multiple of 16 bytes."""
+    n, c, h, w = x.shape
+    return x.new_empty(x.numel() + 4)[4:].view(n, h, w, c).permute(0, 3, 1, 2).copy_(x)
+
+
 @pytest.mark.skipif(not TMA, reason="needs a GPU with a TMA (sm_90)")
 def test_conv_rows_reads_slices_and_keeps_nan():
     dtype = torch.float16
@@ -135,6 +141,7 @@ def test_conv_rows_reads_slices_and_keeps_nan():
     for function in (kernels.conv_rows, kernels.conv_rows_pool):
         y = function(part, weight, bias)  # where it lies
         assert torch.equal(y, function(part.contiguous(), weight, bias))
+        assert torch.equal(y, function(at_8_bytes(part), at_8_bytes(weight), bias))
     part[:, 0, 0, 0] = math.nan
     for relu in (False, True):
         y = kernels.conv_rows(part, weight, bias, 0, relu)

@@ -4,6 +4,7 @@ there before stays."""
 import os
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,7 @@ def test_folders_that_cannot_be_used(tmp_path, run_script, run):
     for command, words in (
         (("--images", "nowhere"), ("nowhere", "no such folder")),
         (("--images", "run/model.pt"), ("model.pt", "is a file, not a folder")),
+        (("--images", "run/images/overlays"), ("images: overlays would lie among",)),
         (("--images", ""), ("images: overlays would lie among the images; choose another --out",)),
         (("--images", "a", "--accept", "a"), ("--images and --accept: give one",)),
         (("--accept", "nowhere"), ("nowhere", "no such folder")),
@@ -120,10 +122,24 @@ def test_folders_that_a_file_manager_has_looked_at(tmp_path):
     assert holds_results(tmp_path)
 
 
-def test_too_little_memory(capsys):
+def too_little(*_, **__):
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)")
+
+
+@pytest.mark.parametrize("fail", [too_little, partial(torch.empty, 2**50)])
+def test_too_little_memory(fail, capsys):
     with pytest.raises(SystemExit, match="2"):
-        run_command(lambda: torch.empty(2**50), "train.py")
+        run_command(fail, "train.py")
     assert_refused((2, "", capsys.readouterr().err), "too little memory; take smaller images")
+
+
+@pytest.mark.parametrize("place", ["torch.load", "torch.nn.Module.load_state_dict"])
+def test_too_little_memory_is_no_damage(place, run_script, tiny_demo, interrupt_at, monkeypatch):
+    command = ("train.py", "--data", tiny_demo, "--steps", 2, *TINY, "--out", "r")
+    with interrupt_at(1):
+        assert run_script(*command)[0] == 130
+    monkeypatch.setattr(place, too_little)
+    assert_refused(run_script("train.py", "--resume", "r"), "train.py: too little memory")
 
 
 def test_unreadable_permissions():

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import put
-from PIL import Image
+from PIL import Image, ImageStat
 
 from support import data, demo
 from support.appearance import Appearance, appearance_of, appearance_range, differences, drift
@@ -107,6 +107,19 @@ def contents(category):
     return {f"{s.defect}/{s.path.stem}": s.mask((16, 16)).sum() for s in category.test}
 
 
+def test_12_bits_in_files_of_16_are_noticed(tmp_path, capsys):
+    for i in range(2):
+        put(tmp_path / f"dark/{i}.png", RAMP.astype(np.uint16) * (16 + i))
+    data.load_normal_images(str(tmp_path / "dark"), (16, 16), 0, skip_bad=False)
+    assert "no pixel is brighter than 17 of 255, as with 12 bits" in capsys.readouterr().err
+
+
+def test_rounding_leaves_no_negative_variance(monkeypatch):
+    """As of an image of one colour, in Pillow before 13."""
+    monkeypatch.setattr(ImageStat.Stat, "var", [-1e-9] * 3)
+    assert appearance_of(Image.new("RGB", (8, 8))).contrast == 0
+
+
 def test_mvtec_layout(tmp_path):
     root = tmp_path / "bottle"
     for name in [f"train/good/{i:03d}" for i in range(20)] + ["test/good/000", "test/.hidden/1"]:
@@ -172,6 +185,8 @@ def test_visa_layouts(tmp_path):
     assert (category.name, category.layout, len(category.train)) == ("candle", "visa", 2)
     assert contents(category) == {"bad/000": 2, "good/002": 0}
     assert data.list_categories(tmp_path / "VisA") == [root]
+    (tmp_path / "link").symlink_to(tmp_path / "VisA")
+    assert open_category(tmp_path / "link/candle") == category  # and so for a resumed run
     for right, wrong, reason in (
         (",candle/Data/Masks/Anomaly/000.png", ",", "000.JPG is an anomaly without a mask"),
         ("test,anomaly", "train,anomaly", "000.JPG is an anomaly to train on"),
@@ -197,9 +212,10 @@ def test_folders(tmp_path, capfd):
     assert [path.name for path in category.train] == ["b.png", "a.jpg"]
     assert [path.name for path in list_images(tmp_path / "photos")] == ["b.png"]
     assert not capfd.readouterr().err
-    put(tmp_path / "photos/IMG_1.HEIC", b"")
+    for name in ("IMG_1.HEIC", "a.jfif"):
+        put(tmp_path / "photos" / name, b"")
     assert len(list_images(tmp_path / "photos")) == 1
-    assert "left out 1 of another kind, such as" in (note := capfd.readouterr().err)
+    assert "left out 2 of another kind, such as" in (note := capfd.readouterr().err)
     assert "IMG_1.HEIC: save as .png or .jpg" in note
     (tmp_path / "photos/b.png").unlink()
     with pytest.raises(DataError, match="photos: no images .* in it"):

@@ -71,6 +71,11 @@ def test_resumed_equals_uninterrupted(more, photos, run_script, tmp_path, interr
     with interrupt_at(5):
         status, _, err = run_script(*resume)
     assert status == 130 and "nothing saved yet" in err and "after 5 steps; go on with" in err
+    state = read_checkpoint(tmp_path / "cut.pt.resume")
+    torch.save(state | {"seconds": state["seconds"] + 1000}, tmp_path / "cut.pt.resume")
+    before = (tmp_path / "cut.pt.resume").read_bytes()
+    assert_refused(run_script(*resume[:-1]), "cut.pt.resume: an interrupted distillation; go on")
+    assert (tmp_path / "cut.pt.resume").read_bytes() == before
     assert not (tmp_path / "cut.pt").exists()
     optimizers = read_checkpoint(tmp_path / "cut.pt.resume")["optimizers"]  # Adam and, or not, Muon
     assert {o["param_groups"][0]["full_lr"] for o in optimizers} == {1e-3}
@@ -88,6 +93,7 @@ def test_resumed_equals_uninterrupted(more, photos, run_script, tmp_path, interr
     (tmp_path / "photos/new.png").rename(tmp_path / "cut.pt.unfinished1")
     assert run_script(*resume)[0] == 0
     assert same(tmp_path / "whole.pt", tmp_path / "cut.pt")
+    assert log_of(tmp_path / "cut.jsonl")[-1]["seconds"] > 1000  # of all steps
     assert not list(tmp_path.glob("cut.pt.*"))
 
 

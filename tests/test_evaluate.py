@@ -1,7 +1,9 @@
 """evaluate.py and what it writes, on tiny sets."""
 
+import base64
 import ctypes
 import errno
+import io
 import json
 import os
 import re
@@ -85,6 +87,17 @@ def test_everything_that_an_evaluation_writes(own, tiny_demo, model, run_script)
     assert not list(own.rglob("*.unfinished*")) and not list(own.rglob("*.new"))
 
 
+def test_small_defects_have_an_outline():
+    mask = np.zeros((2000, 2000), bool)
+    mask[1200:1203, 700:703] = True
+    image = Image.new("RGB", mask.shape)
+    uri = report.report_entry(image, mask, {}, (0.0, 1.0))["outline"]
+    outline = np.asarray(
+        Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("RGBA")
+    )
+    assert 4 < np.count_nonzero(outline[..., 3]) < 30
+
+
 DOM = """
 const made = [], node = () => ({append() {}, setAttribute() {}, insertBefore() {}, style: {},
   removeAttribute() {}, set innerHTML(text) { made.push(text); }, lastChild: null});
@@ -112,8 +125,8 @@ def test_page_of_unlabelled_images_has_no_plots(tmp_path):
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
 def test_pages_plots(tmp_path):
-    """Ten defect types are told apart by dash and number; ticks are whole; a negative threshold
-    lies within the axes."""
+    """Ten defect types are told apart by dash and number; ticks are whole, however many
+    images there are; a negative threshold lies within the axes."""
     types = {f"type {i}": {} for i in range(10)}
     results = {"types": types, "threshold": -2.5, "floor": -4.0, "category": "c"}
     results |= {"training": {"size": "small"}, "own_data": True, "good_images": 10, "drift": ""}
@@ -132,6 +145,10 @@ def test_pages_plots(tmp_path):
     labels = re.findall(r'<text class="number"[^>]*>(\d+)<', overlap)
     assert labels == [str(i) for i in range(1, 11)]
     assert "</svg> 10 type 9</li>" in legend
+    entries += [entries[0]] * (1236 - 10)
+    histogram = run_page(report.html_report(results, entries, curves), tmp_path)[0]
+    ticks = re.findall(r'text-anchor="end">([^<]*)<', histogram)
+    assert ticks == ["0", "309", "618", "927", "1236"]
 
 
 @pytest.mark.parametrize("masks", [True, False])
@@ -151,8 +168,11 @@ def test_another_set_than_the_models_own(masks, own, tiny_demo, run_script, tmp_
     assert results["image_auroc"] == pytest.approx((scratch + 2 * dent) / 3)
     assert ("au_pro" in results) == masks == ("pixel_auroc" in results)
     assert not masks or 0 <= results["au_pro"] == results["au_pro_by_limit"]["0.3"] <= 1
+    assert Image.open(folder / "overlays/dent/0.png").width == (5 if masks else 4) * 260 - 4
     if masks:
         return
+    (folder / "overlays").rename(tmp_path / "disk")  # moved to where there is room
+    (folder / "overlays").symlink_to(tmp_path / "disk")
     shutil.rmtree(tmp_path / "part/test/dent")
     assert run_script("evaluate.py", "--run", own, "--data", "part", *CPU)[0] == 0
     assert pictures(folder / "overlays") == ["good/0.png", "good/1.png", "scratch/0.png"]

@@ -5,7 +5,7 @@ import pytest
 from conftest import put
 from PIL import Image
 
-from support.images import DataError, Images, PhotographCrops, read_image, to_array
+from support.images import DataError, Images, PhotographCrops, open_image, read_image, to_array
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
@@ -32,6 +32,14 @@ def test_every_mode_becomes_rgb(tmp_path):
     assert rounded.tolist() == [[1, 2], [254, 255]]
     red = put(tmp_path / "cmyk.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0)), quality=95)
     assert np.abs(np.asarray(read_image(red)).astype(int) - [255, 0, 0]).max() < 40
+
+
+def test_transparent_parts_of_masks_are_black(tmp_path):
+    mask = np.full((4, 4, 4), 255, np.uint8)  # white; only alpha has a shape
+    mask[1:, :, 3] = 0
+    path = put(tmp_path / "mask.png", mask)
+    assert np.asarray(open_image(path, black=True)).any(-1).sum() == 4
+    assert np.asarray(open_image(path)).all()
 
 
 def test_exif_orientation_is_applied(tmp_path):

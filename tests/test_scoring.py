@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from conftest import CPU, PHOTO, assert_refused, content_of, files, pictures, pu
 from PIL import Image
 
 import evaluate
-from efficientad import EfficientAD
+from efficientad import EfficientAD, ModelError
 from support.appearance import appearance_of
 from support.images import list_images, read_image, to_array
 
@@ -85,7 +86,7 @@ def test_verdicts(model, run_script, tmp_path):
     assert_refused(run_script(*command, "--false-alarms", "few"), "a share such as 1%, got few")
 
 
-def test_recalibration_on_accepted_images(own, run_script, tmp_path):
+def test_recalibration_on_accepted_images(own, run_script, tmp_path, monkeypatch):
     """Good images become ok, the former model is kept; images of training and defects are refused,
     the latter unless confirmed."""
     model = EfficientAD.load(own / "model.pt")
@@ -102,6 +103,11 @@ def test_recalibration_on_accepted_images(own, run_script, tmp_path):
     assert files(own) == {"model.pt": former, ".lock": b""}
     scored = run_script(*command[:-2], "--images", "good")
     assert "than the known normal images: the threshold is not for them" in scored[1], scored[2]
+    with monkeypatch.context() as patch:
+        constant = ModelError("a map is constant")
+        patch.setattr("support.recalibration.calibrate", Mock(side_effect=constant))
+        assert_refused(run_script(*command, "--yes"), "a map is constant")
+    assert [path.name for path in own.glob("*.pt")] == ["model.pt"]
     status, out, err = run_script(*command, "--yes")
     assert status == 0 and out.count("reject -> ok") == 4, err
     assert "4 of 4 verdicts change" in out and "expect at most 20 % false alarms" in out

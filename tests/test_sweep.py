@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import CPU, TINY, assert_refused, log_of
+from conftest import CPU, TINY, assert_refused, log_of, put
 
 import evaluate
 import train
@@ -92,6 +92,15 @@ def test_collection_from_training_to_summary(loco, run_script, tmp_path):
     table = (runs / "summary.md").read_text()
     assert table in out and "| mean of these 2 |" in table and "±" in table
     assert not list(tmp_path.rglob("*.unfinished*"))
+
+
+def test_runs_begun_in_another_place(tmp_path):
+    """The project and the data may have moved; another teacher is another run."""
+    job = train.Options(device="cpu", data=str(put(tmp_path / "set/part/a.png").parent))
+    known = vars(job) | {"teacher": "/gone/weights/teacher_small.pt", "data": "/gone/set/part"}
+    assert sweep.changed_options(job, known) == []
+    (found,) = sweep.changed_options(job, known | {"teacher": "/gone/weights/other.pt"})
+    assert found.startswith("--teacher /gone/weights/other.pt, not ")
 
 
 def test_minutes_count_for_each_run(loco, run_script, monkeypatch):

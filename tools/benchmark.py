@@ -139,8 +139,13 @@ def milliseconds(function: Callable, device: torch.device) -> float:
         return take_turns({"": function}, 0.2)[""]["median ms"]
     from triton.testing import do_bench_cudagraph
 
-    with torch.cuda.device(device):  # the graph's stream is on the current one
-        return do_bench_cudagraph(function, rep=50, return_mode="median")
+    gc.collect()
+    gc.disable()  # a graph that is collected while another is captured ends the capture
+    try:
+        with torch.cuda.device(device):  # the graph's stream is on the current one
+            return do_bench_cudagraph(function, rep=50, return_mode="median")
+    finally:
+        gc.enable()
 
 
 def matrix_products(device: torch.device) -> dict[str, float]:

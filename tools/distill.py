@@ -35,6 +35,7 @@ from support.backbone import (
     make_trunk,
 )
 from support.checkpoints import all_finite, load_teacher, read_checkpoint, write_checkpoint
+from support.fast import has_bf16
 from support.images import DataError, list_images, read_image
 from support.optimizers import cosine, kernels_of, make_optimizers, set_rate
 from support.options import OptionError, option, parse_options, pick_device
@@ -76,7 +77,11 @@ class Options:
     )
     statistics_images: int = option(10000, "views that normalize the features")
     cache_gib: float = option(8.0, "a host's memory for decoded photos")
-    precision: str = option("bf16", "of the step; the paper names none", choices=["bf16", "fp32"])
+    precision: str = option(
+        "auto",
+        "of the step; auto: bf16 if the hardware has it; the paper names none",
+        choices=["auto", "bf16", "fp32"],
+    )
     device: str | None = option(None, "cuda or cpu; default cuda if there is one")
     seed: int = option(0, "seed of all random choices")
     out: str | None = option(None, "default runs/distill-SIZE/teacher_SIZE.pt", metavar="FILE")
@@ -87,6 +92,8 @@ class Options:
         if WORLD > 1 and (self.device or "cuda").startswith("cuda") and torch.cuda.is_available():
             self.device = f"cuda:{LOCAL_RANK}"
         self.device = str(pick_device(self.device))
+        if self.precision == "auto":
+            self.precision = "bf16" if has_bf16(torch.device(self.device)) else "fp32"
         self.out = self.out or f"runs/distill-{self.size}/teacher_{self.size}.pt"
         if min(self.steps, self.batch_size, self.statistics_images, self.checkpoint_every) < 1:
             counts = "--steps, --batch-size, --statistics-images and --checkpoint-every"
@@ -107,6 +114,9 @@ class Options:
             raise OptionError("--crops needs 0 < MIN <= MAX <= 1")
         if Path(self.out).exists():
             raise DataError(f"{self.out}: exists; choose another --out or remove it")
+        if Path(f"{self.out}.resume").exists() and not self.resume:
+            remedy = "go on with --resume, or remove it"
+            raise DataError(f"{self.out}.resume: an interrupted distillation; {remedy}")
 
     def saved(self) -> dict:
         """The options that decide what is learned."""
@@ -177,6 +187,7 @@ class Distillation:
 
     def __init__(self, options: Options):
         self.options, self.step, self.check = options, 0, LossCheck(options.out)
+        self.seconds = 0.0
         self.out, self.state_file = Path(options.out), Path(f"{options.out}.resume")
         self.log_file = self.out.with_suffix(".jsonl")
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -240,6 +251,7 @@ class Distillation:
         batches = self.views.batches(range(count), "feature statistics")
         features = (self.measure(large) for _, large in batches)
         self.mean, self.std = channel_statistics(features)
+        self.started = time.time()
         if RANK == 0:
             self.save()  # the statistics took a while
 
@@ -253,7 +265,7 @@ class Distillation:
             changed = f"{self.options.images[0]}: other photos than when the run began"
             raise DataError(f"{changed}; put them back, or remove {file}")
         try:
-            self.step = state["step"]
+            self.step, self.seconds = state["step"], state.get("seconds", 0.0)
             self.mean, self.std = (state[name].to(self.device) for name in ("mean", "std"))
             self.pdn.load_state_dict(state["pdn"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -271,7 +283,11 @@ class Distillation:
         state = {"step": self.step, "options": self.options.saved(), "photos": self.photos}
         state |= {"mean": self.mean, "std": self.std, "pdn": self.pdn.state_dict()}
         state |= {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
-        write_checkpoint(state, self.state_file)
+        write_checkpoint({**state, "seconds": self.elapsed()}, self.state_file)
+
+    def elapsed(self) -> float:
+        """Seconds of all steps so far, those before an interruption too."""
+        return self.seconds + time.time() - self.started
 
     def train(self) -> None:
         """The steps that are left. Ctrl-C saves the state and ends the process; under torchrun all
@@ -302,11 +318,13 @@ class Distillation:
                     batches.set_postfix(loss=f"{mean:.4f}")
                     entry = {"step": self.step, "loss": mean, "lr": options.lr * factor}
                     if RANK == 0:
-                        self.log.add({**entry, "seconds": time.time() - self.started})
+                        self.log.add({**entry, "seconds": self.elapsed()})
                 self.step += 1
                 if RANK == 0 and (stopping or self.step % options.checkpoint_every == 0):
                     self.save()
                 if stopping:
+                    if WORLD > 1:  # torchrun ends all processes when the first one ends
+                        dist.barrier()
                     remedy = "go on with the same command and --resume"
                     print(f"\ninterrupted after {self.step} steps; {remedy}", file=sys.stderr)
                     raise SystemExit(130)
@@ -315,7 +333,7 @@ class Distillation:
     def finish(self) -> None:
         """Measure the loss on the held-out photos, and write the teacher in half precision."""
         self.save()
-        result, errors = {"step": self.step, "seconds": time.time() - self.started}, []
+        result, errors = {"step": self.step, "seconds": self.elapsed()}, []
         for small, large in self.held_out.batches(range(len(self.held_out.paths)), "held-out loss"):
             output = self.pdn(self.normalize(small))
             errors += (output - self.target(large)).square().mean((1, 2, 3)).tolist()

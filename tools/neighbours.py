@@ -15,17 +15,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from efficientad import EfficientAD
 from support.checkpoints import load_teacher
 from support.data import open_category
 from support.fast import has_bf16
-from support.images import DataError, Images
+from support.images import DataError
 from support.metrics import image_auroc
 from support.options import OptionError, option, parse_options, pick_device
 from support.report import table
 from support.runs import run_command
-from support.training import one_by_one
+from support.scoring import read
 
 USAGE = "python -m tools.neighbours --data DIR [DIR ...] [options]"
 IMAGES, VECTORS = 120, 12000
@@ -52,8 +53,8 @@ class Options:
 def features_of(model: EfficientAD, paths: list[Path]) -> list[Tensor]:
     """The teacher's output for each image, 28·28×384."""
     device, found = model.threshold.device, []
-    images = Images(paths, model.image_size, cache_bytes=0)
-    for x in one_by_one(images, device, f"{paths[0].parent.name} images"):
+    for path in tqdm(paths, f"{paths[0].parent.name} images", unit="image"):
+        x = read(path, model.image_size)[1].to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
             output = model.teacher(model.normalize(x))
         found.append(F.avg_pool2d(output.float(), 2)[0].flatten(1).T)

@@ -29,7 +29,7 @@ from baselines import simplenet
 from efficientad import EfficientAD, ModelError
 from support import data
 from support.calibration import fit_gaussian
-from support.checkpoints import read_checkpoint
+from support.checkpoints import is_url, read_checkpoint
 from support.images import DataError, Images
 from support.metrics import image_metrics
 from support.options import OptionError, RunOptions, make_parser, option, parse_options
@@ -120,6 +120,8 @@ def changed_options(job: RunOptions, known: dict) -> list[str]:
         same = value == wanted or (name == "steps" and wanted is None)  # SimpleNet: from --epochs
         if name in PATH_OPTIONS and value and wanted:
             same = os.path.realpath(value) == os.path.realpath(wanted)
+            moved = not (is_url(value) or os.path.exists(value))  # the project, or the data
+            same |= moved and Path(value).parts[-2:] == Path(wanted).parts[-2:]
         if not same and name not in ignored:
             found.append(f"--{name.replace('_', '-')} {value}, not {wanted}")
     return found
