@@ -6,8 +6,9 @@
     python evaluate.py --run runs/bottle-small --accept good_photos  # recalibrates
 
 Writes into the run folder: report.html, results.json, results.md, scores.csv, overlays/ (input,
-mask and each map) and, with --tiff, anomaly_maps/ as the official evaluation scripts of MVTec AD
-and MVTec LOCO read them. A folder of runs: python -m tools.sweep --evaluate DIR.
+mask if the set has masks, each map) and, with --tiff, anomaly_maps/ as the official evaluation
+scripts of MVTec AD and MVTec LOCO read them.
+A folder of runs: python -m tools.sweep --evaluate DIR.
 """
 
 from contextlib import nullcontext

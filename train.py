@@ -167,7 +167,7 @@ def train(options: Options, began: float | None = None) -> Path:
             each = training.one_by_one(data["images"], device, "teacher statistics")
             model.fit_teacher_statistics(each)
     if options.steps is None:
-        options.steps, trial = 10**6, copy.deepcopy(model)  # the copy measures
+        options.steps, trial = 10**6, copy.deepcopy(model)  # enough for the copy to measure
         take_step = make_step(trial, optimizers_of(trial, options), options, data)
         options.steps = training.steps_until(end, take_step, model, normal.validation)
         del trial, take_step

@@ -151,7 +151,7 @@ def matrices(x: Tensor, weight: Tensor, pixels: int, rows: int) -> tuple:
     weight."""
     (n, channels, h, w), pitch, o = x.shape, x.stride(3), len(weight)
     shape = [n * h * w // pixels, pitch * (pixels - 1) + channels]
-    weight = weight if weight.data_ptr() % 16 == 0 else weight.clone()
+    weight = weight if weight.data_ptr() % 16 == 0 else weight.clone()  # for the TMA
     x = TensorDescriptor(x, shape, [pixels * pitch, 1], [rows, CONFIG["BLOCK_K"]])
     k = weight[0].numel()
     box = [CONFIG["BLOCK_O"], CONFIG["BLOCK_K"]]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from efficientad import IMAGENET_MEAN, IMAGENET_STD, ModelError
-from support.checkpoints import read_checkpoint
+from support.checkpoints import filling, read_checkpoint
 
 # name: (bottleneck blocks?, blocks in layers 1 to 3, relative width of the 3×3 convolutions,
 # torchvision's file: ImageNet-1k, version 1)
@@ -212,10 +212,8 @@ def load_weights(trunk: ResNet | EfficientNetLite, path: str | None = None) -> N
     except ModelError as error:
         raise ModelError(f"{error}; {remedy}") from None
     state = {k: v for k, v in state.items() if not str(k).startswith(trunk.unused)}
-    try:
+    with filling(f"{path}: not the weights of {name}; {remedy}"):
         trunk.load_state_dict(state)
-    except (RuntimeError, AttributeError, TypeError):
-        raise ModelError(f"{path}: not the weights of {name}; {remedy}") from None
 
 
 def fold_batch_norms(trunk: nn.Module) -> None:

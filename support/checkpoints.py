@@ -1,10 +1,11 @@
 """Model files read and written with care: whole or not at all, every failure one line."""
 
+import contextlib
 import hashlib
 import io
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,10 +21,21 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether an error, of torch or its libraries, says that memory is too small."""
-    words = ("allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    )
+    words = ("allocate memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
+    told = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return told or isinstance(error, MemoryError)
+
+
+@contextlib.contextmanager
+def filling(message: str) -> Iterator[None]:
+    """Within, something is filled from a checkpoint: what a damaged or foreign one raises becomes a
+    ModelError with this message."""
+    try:
+        yield
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        if out_of_memory(error):
+            raise
+        raise ModelError(message) from None
 
 
 def write_checkpoint(checkpoint: dict, path: str | Path) -> None:
@@ -95,13 +107,10 @@ def load_model(path: str | Path, *classes: type[nn.Module]) -> nn.Module:
         raise ModelError(
             f"{path}: not a model of this program; pass a model.pt that train.py wrote"
         )
-    try:
+    with filling(f"{path}: damaged model file; train again or restore it from a copy"):
         model = cls(**checkpoint["config"])
         model.load_state_dict(checkpoint["state"])
         model.training_info = dict(checkpoint["training"])
-    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
-        reason = "damaged model file; train again or restore it from a copy"
-        raise ModelError(f"{path}: {reason}") from None
     if not all_finite(t for name, t in model.state_dict().items() if name != "threshold"):
         raise ModelError(f"{path}: holds a weight or statistic that is not a number; train again")
     if "usual" in model.training_info:  # the name that earlier versions gave it
@@ -120,10 +129,8 @@ def load_teacher(teacher: PDN, size: str, path: str | Path) -> None:
     for name, tensor in state.items():
         layer, _, rest = str(name).partition(".")
         renamed[f"{layers.get(layer, layer)}.{rest}"] = tensor
-    try:
+    remedy = f"pass one that `python -m tools.distill --size {size}` made"
+    with filling(f"{path}: not a {size} teacher; {remedy}"):
         teacher.load_state_dict(renamed)
-    except (RuntimeError, AttributeError, TypeError):
-        remedy = f"pass one that `python -m tools.distill --size {size}` made"
-        raise ModelError(f"{path}: not a {size} teacher; {remedy}") from None
     if not all_finite(teacher.parameters()):
         raise ModelError(f"{path}: the teacher's weights are not finite; distil it again")

@@ -110,6 +110,7 @@ class Graphed:
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         # another thread, such as a data loader's, may call the GPU meanwhile
         options = {"pool": pool, "stream": self.stream, "capture_error_mode": "thread_local"}
+        gc.collect()  # a step that is no longer used, and its graph, refer to each other
         collects = gc.isenabled()
         gc.disable()  # to destroy another graph meanwhile would end the capture
         try:

@@ -149,14 +149,14 @@ def overlay(
 
 @contextlib.contextmanager
 def new_folder(old: Path) -> Iterator[Path]:
-    """A folder that takes the place of `old` at the end; after an error that one stays."""
+    """A folder that takes the place of `old` at the end; after an error that one stays. A link
+    stays too: the folder that it names is replaced."""
+    old = old.resolve()
     new = old.with_name(f"{old.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
         yield new
-        if old.is_symlink():
-            old.unlink()
         shutil.rmtree(old, ignore_errors=True)
         new.rename(old)
     finally:

@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from efficientad import ModelError
-from support.checkpoints import all_finite, is_url, out_of_memory, read_checkpoint, write_checkpoint
+from support.checkpoints import (
+    all_finite,
+    filling,
+    is_url,
+    out_of_memory,
+    read_checkpoint,
+    write_checkpoint,
+)
 from support.data import NormalImages
 from support.images import DataError
 from support.metrics import false_alarms
@@ -275,7 +282,7 @@ class Run:
             self.save()
             return
         path, state = self.folder / "resume.pt", self.state
-        try:
+        with filling(f"{path}: damaged, or of another model; start the run again"):
             changed = [name for name, files in self.files.items() if files != state["files"][name]]
             if not changed:
                 model.load_state_dict(state["model"])
@@ -285,11 +292,6 @@ class Run:
                 self.step, self.seconds = state["step"], state["seconds"]
                 self.errors |= state["errors"]
                 torch.set_num_threads(state["threads"])  # sums depend on it in their last bits
-        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            if out_of_memory(error):
-                raise
-            reason = "damaged, or of another model; start the run again"
-            raise ModelError(f"{path}: {reason}") from None
         if changed:
             where = getattr(self.options, changed[0])
             remedy = "put them back, or start a new run"

@@ -116,9 +116,9 @@ def score_folder(
     """Score the images below a folder, with overlays, into `place`. Decoding, scoring and overlays
     have a thread each, and a few images are in memory at a time. `rate`: see `threshold_at`. Raises
     DataError for an image that cannot be read (with `skip_bad` it is left out and listed), or if
-    `place` lies in the folder."""
+    the folder holds `place` or lies in its overlays."""
     own, images = Path(os.path.realpath(place)), Path(os.path.realpath(folder))
-    if images in (own, *own.parents) or own in images.parents:
+    if images in (own, *own.parents) or own / "overlays" in (images, *images.parents):
         raise DataError(f"{place}: overlays would lie among the images; choose another --out")
     info, (threshold, meaning) = model.training_info, threshold_at(model, rate)
     scale, known_looks = (float(model.floor), threshold), info.get("appearance")

@@ -258,8 +258,9 @@ def start_from_teacher(model: EfficientAD) -> None:
 
 
 def process_start() -> float:
-    """When this process began, in seconds since 1970: imports took a while. The system's own record
-    would count what a shell did before it became this process."""
+    """About when this process began, in seconds since 1970: its imports took a while. By CPU time,
+    so waiting for a disk does not count. The system's record would count what a shell did before it
+    became this process."""
     return time.time() - time.process_time()
 
 

@@ -176,6 +176,7 @@ def test_another_set_than_the_models_own(masks, own, tiny_demo, run_script, tmp_
     shutil.rmtree(tmp_path / "part/test/dent")
     assert run_script("evaluate.py", "--run", own, "--data", "part", *CPU)[0] == 0
     assert pictures(folder / "overlays") == ["good/0.png", "good/1.png", "scratch/0.png"]
+    assert (folder / "overlays").is_symlink()
 
 
 def test_own_set_in_another_place(model, tiny_demo, run_script, tmp_path, monkeypatch):

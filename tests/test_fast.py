@@ -298,7 +298,7 @@ def test_cuda_graphs_compute_what_eager_calls_do(
     size, padding, shared_stem, kernels, demo_images, trained, monkeypatch
 ):
     """Without, with every, and with the faster kernels."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # it is as coarse as fp16
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # TF32 is as coarse as fp16
     monkeypatch.setenv("EFFICIENTAD_KERNELS", kernels)
     monkeypatch.setattr(efficientad, "KERNELS", kernels != "0")
     model = trained(4, size=size, padding=padding, shared_stem=shared_stem).cuda()

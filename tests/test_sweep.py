@@ -134,12 +134,15 @@ def test_links_and_hidden_folders(loco, run_script, tmp_path):
 
 
 def test_interrupted_run_is_resumed(loco, run_script, tmp_path, interrupt_at):
-    command = ("tools.sweep", "--data", loco, *STEP, "--steps", 3)
+    """Although its data have moved."""
+    shutil.copytree(loco, tmp_path / "old/loco")
+    command = ("tools.sweep", *STEP, "--steps", 3, "--data")
     with interrupt_at(10):
-        assert run_script(*command)[0] == 130
+        assert run_script(*command, "old/loco")[0] == 130
     runs = tmp_path / "runs/loco"
     assert list(models(runs)) == ["pushpins-small"]
-    status, _, err = run_script(*command)
+    (tmp_path / "old").rename(tmp_path / "new")
+    status, _, err = run_script(*command, "new/loco")
     assert status == 0 and "screw_bag-small: interrupted, goes on" in err, err
     assert [entry["step"] for entry in log_of(runs / "screw_bag-small")] == [0, 2]
 

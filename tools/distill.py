@@ -34,7 +34,7 @@ from support.backbone import (
     load_weights,
     make_trunk,
 )
-from support.checkpoints import all_finite, load_teacher, read_checkpoint, write_checkpoint
+from support.checkpoints import all_finite, filling, load_teacher, read_checkpoint, write_checkpoint
 from support.fast import has_bf16
 from support.images import DataError, list_images, read_image
 from support.optimizers import cosine, kernels_of, make_optimizers, set_rate
@@ -264,14 +264,12 @@ class Distillation:
         if state.get("photos") != self.photos:
             changed = f"{self.options.images[0]}: other photos than when the run began"
             raise DataError(f"{changed}; put them back, or remove {file}")
-        try:
+        with filling(f"{file}: damaged; remove it and start again"):
             self.step, self.seconds = state["step"], state.get("seconds", 0.0)
             self.mean, self.std = (state[name].to(self.device) for name in ("mean", "std"))
             self.pdn.load_state_dict(state["pdn"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
-        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
-            raise ModelError(f"{file}: damaged; remove it and start again") from None
 
     def save(self) -> None:
         """Write FILE.resume: all that the later steps depend on. Raises ModelError if a loss or a

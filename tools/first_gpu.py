@@ -41,7 +41,7 @@ def correctness(tests: str, log: Path, device: torch.device, seconds: float) -> 
     words = [sys.executable, "-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider", tests]
     kernels = "kernel_checks" in tests
     words += [] if kernels else ["-k", "gpu or cuda or graph or captured"]
-    words += ["-n", "8"] if kernels and find_spec("xdist") else []  # most of it is compilation
+    words += ["-n", "8"] if kernels and find_spec("xdist") else []  # their time is compilation
     environment = os.environ | {"COLUMNS": "250"}  # else pytest cuts the reasons
     environment["TRITON_INTERPRET"] = "1" if kernels and device.type == "cpu" else "0"
     with open(log, "ab") as file:

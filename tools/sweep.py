@@ -121,7 +121,8 @@ def changed_options(job: RunOptions, known: dict) -> list[str]:
         if name in PATH_OPTIONS and value and wanted:
             same = os.path.realpath(value) == os.path.realpath(wanted)
             moved = not (is_url(value) or os.path.exists(value))  # the project, or the data
-            same |= moved and Path(value).parts[-2:] == Path(wanted).parts[-2:]
+            tails = [Path(os.path.abspath(path)).parts[-2:] for path in (value, wanted)]
+            same |= moved and tails[0] == tails[1]
         if not same and name not in ignored:
             found.append(f"--{name.replace('_', '-')} {value}, not {wanted}")
     return found
@@ -143,7 +144,7 @@ def train_run(job: RunOptions, train: Callable[[RunOptions], Path]) -> None:
         print(f"{job.out}: finished, skipped", file=sys.stderr)
     else:
         print(f"{job.out}: interrupted, goes on", file=sys.stderr)
-        options = ["--resume", job.out, "--device", job.device]
+        options = ["--resume", job.out, "--device", job.device, "--data", job.data]
         options += ["--skip-bad-images"] * job.skip_bad_images
         threads = torch.get_num_threads()  # a resumed run takes as many as it began with
         try:
