@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -49,11 +50,7 @@ def test_images_that_cannot_be_used(run, score, tmp_path):
     reasons |= {"loop.png": "Too many levels of symbolic links"}
 
     assert sorted(reasons) == [p.name for p in list_images(tmp_path / "in")]
-    (tmp_path / "one").mkdir()
-    for name, reason in reasons.items():
-        (tmp_path / "one" / name).symlink_to(tmp_path / "in" / name)
-        assert_refused(score("one"), name, reason, "--skip-bad-images")
-        (tmp_path / "one" / name).unlink()
+    assert_refused(score("in"), "animated.png", "holds 2 images", "--skip-bad-images")
 
     put(tmp_path / "in/sub/z.png")
     status, out, err = score("in", "--skip-bad-images")
@@ -133,13 +130,23 @@ def test_too_little_memory(fail, capsys):
     assert_refused((2, "", capsys.readouterr().err), "too little memory; take smaller images")
 
 
-@pytest.mark.parametrize("place", ["torch.load", "torch.nn.Module.load_state_dict"])
-def test_too_little_memory_is_no_damage(place, run_script, tiny_demo, interrupt_at, monkeypatch):
+def test_too_little_memory_is_no_damage(run_script, tiny_demo, interrupt_at, monkeypatch):
     command = ("train.py", "--data", tiny_demo, "--steps", 2, *TINY, "--out", "r")
     with interrupt_at(1):
         assert run_script(*command)[0] == 130
-    monkeypatch.setattr(place, too_little)
-    assert_refused(run_script("train.py", "--resume", "r"), "train.py: too little memory")
+    for place in ("torch.load", "torch.nn.Module.load_state_dict"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, too_little)
+            assert_refused(run_script("train.py", "--resume", "r"), "train.py: too little memory")
+
+
+def test_other_ends(capsys):
+    """Ctrl-C outside the steps; a bug, which keeps its traceback."""
+    with pytest.raises(SystemExit, match="130"):
+        run_command(Mock(side_effect=KeyboardInterrupt), "train.py")
+    assert capsys.readouterr().err == "\ntrain.py: interrupted\n"
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        run_command(Mock(side_effect=RuntimeError("shapes differ")), "train.py")
 
 
 def test_unreadable_permissions():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, put
 from torch import nn
 
 from efficientad import (
@@ -85,19 +86,18 @@ def test_receptive_field_is_33(size):
 
 
 @pytest.mark.parametrize("padding", [False, True])
-@pytest.mark.parametrize("image_size", [(128, 128), (160, 288), (320, 352)])
+@pytest.mark.parametrize("image_size", [(128, 128), (160, 288)])
 def test_any_image_size(image_size, padding):
     model = EfficientAD(image_size=image_size, padding=padding).eval()
-    x = torch.randint(0, 256, (2, 3, *image_size), dtype=torch.uint8)
+    x = torch.randint(0, 256, (1, 3, *image_size), dtype=torch.uint8)
     with torch.no_grad():
         bottleneck = nn.Sequential(*list(model.autoencoder)[:11])(model.normalize(x))
-        anomaly_map, score = model(x)
-        local_map, global_map = model.raw_maps(x)
+        raw = model.raw_maps(x)
+        anomaly_map = model.normalize_maps(*raw)["combined"]
     size = tuple(s // 4 - (0 if padding else 8) for s in image_size)
-    assert bottleneck.shape == (2, 64, 1, 1)
-    assert local_map.shape == global_map.shape == (2, 1, *size)
-    assert anomaly_map.shape == (2, 1, *image_size)
-    assert torch.equal(score, anomaly_map.amax((1, 2, 3)))
+    assert bottleneck.shape == (1, 64, 1, 1)
+    assert raw[0].shape == raw[1].shape == (1, 1, *size)
+    assert anomaly_map.shape == (1, 1, *image_size)
 
 
 def test_impossible_options_and_images():
@@ -167,9 +167,23 @@ def test_hard_feature_loss_is_the_mean_of_the_largest():
     assert hard_feature_loss(torch.zeros(1, 2, 3, 3), torch.ones(1, 2, 3, 3)).item() == 1  # ties
 
 
+def narrow(pdn: PDN) -> None:
+    """An eighth of the hidden channels: the same layers, far less arithmetic."""
+    places, c = [i for i, layer in enumerate(pdn) if isinstance(layer, nn.Conv2d)], 3
+    for i in places:
+        width = pdn[i].out_channels // (1 if i == places[-1] else 8)
+        pdn[i], c = nn.Conv2d(c, width, pdn[i].kernel_size), width
+
+
 def double_model(size: str, shared_stem: bool = False) -> EfficientAD:
-    """In float64, without dropout."""
-    model = EfficientAD(size=size, image_size=(128, 128), shared_stem=shared_stem).double().eval()
+    """In float64, narrow, without dropout."""
+    model = EfficientAD(size=size, image_size=(128, 128), shared_stem=shared_stem)
+    for pdn in (model.teacher, model.student):
+        narrow(pdn)
+    model.teacher.requires_grad_(False)
+    if shared_stem:
+        model.student[0], model.student[3] = model.teacher[0], model.teacher[3]
+    model = model.double().eval()
     model.teacher_mean.normal_()
     model.teacher_std.uniform_(0.5, 2)
     model.normalize = lambda x, any_size=False: x.double() / (1 + 254 * (x.dtype == torch.uint8))
@@ -353,13 +367,13 @@ except ModelError as error: assert "other.pt: not a model" in str(error)
     assert names == {"efficientad.py", "model.pt", "other.pt"}  # no temporary file is left
 
 
-def test_broken_kernels_are_not_silent(tmp_path):
+def test_broken_kernels_are_not_silent(tmp_path, monkeypatch):
     """A kernels/ that cannot be imported for a reason of its own gets a warning, not slow torch
     without a word."""
-    shutil.copy(ROOT / "efficientad.py", tmp_path)
-    (tmp_path / "kernels").mkdir()
-    for content in ("from .gone import runs_on", "runs_on = None", "1 +"):
-        (tmp_path / "kernels/__init__.py").write_text(content)
-        command = [sys.executable, "-c", "import efficientad; assert efficientad.runs_on is None"]
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert result.returncode == 0 and "kernels/ cannot be used" in result.stderr, content
+    monkeypatch.syspath_prepend(tmp_path)
+    for content in (b"from .gone import runs_on", b"runs_on = None", b"1 +"):
+        for name in [name for name in sys.modules if name.split(".")[0] == "kernels"]:
+            monkeypatch.delitem(sys.modules, name)
+        put(tmp_path / "kernels/__init__.py", content)
+        with pytest.warns(UserWarning, match="kernels/ cannot be used"):
+            assert runpy.run_path(str(ROOT / "efficientad.py"))["runs_on"] is None

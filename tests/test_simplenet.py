@@ -13,7 +13,7 @@ from baselines.simplenet import CachedFeatures, Options, SimpleNet, crop_size
 from efficientad import ModelError
 from support.backbone import ResNet
 from support.checkpoints import read_checkpoint
-from support.images import read_image, to_array
+from support.images import list_images, read_image, to_array
 
 SIZE = (80, 96)  # crop 64×80 (70.0 and 84.0 before rounding), layer 2's grid 8×10
 
@@ -94,8 +94,11 @@ def test_fast_form_computes_the_same(precision, error, adaptor):
         assert a.dtype == torch.float32 and (a - b).norm() <= error * b.norm()
     assert not [m for m in fast.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
     assert isinstance(model.discriminator[1], nn.BatchNorm1d)  # the model itself is untouched
+
+
+def test_int8_is_not_for_it():
     with pytest.warns(UserWarning, match="int8 is for EfficientAD"):
-        assert model.optimize("int8").precision in ("bf16", "fp32")
+        assert small().optimize("int8").precision in ("bf16", "fp32")
 
 
 # -------------------------------------------------------------------------------------- training
@@ -213,6 +216,19 @@ def test_train_and_evaluate(command, tiny_demo, run_script, tmp_path):
     with torch.no_grad():
         score = model(torch.from_numpy(image)[None])[1]
     assert float(rows["good/001"]["score"]) == pytest.approx(score.item(), abs=1e-5)
+
+    good = tiny_demo / "test/good"
+    arrays = [to_array(read_image(path), (64, 64)) for path in list_images(good)]
+    with torch.no_grad():
+        expected = [model(torch.from_numpy(x)[None])[1].item() for x in arrays]
+    options = ("--images", good, "--precision", "fp32", "--device", "cpu")
+    assert run_script("evaluate.py", *options)[0] == 0
+    found = [float(row["score"]) for row in rows_of(run / "images/scores.csv")]
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert run_script("evaluate.py", "--accept", good, "--yes", "--device", "cpu")[0] == 0
+    new = SimpleNet.load(str(run / "model.pt"))
+    assert new.threshold.item() == pytest.approx(max(expected), abs=1e-5)
+    assert (run / "model-1.pt").exists()
 
 
 def test_resumed_equals_uninterrupted(command, run_script, tmp_path, interrupt_at):

@@ -10,6 +10,7 @@ from conftest import CPU, TINY, assert_refused, log_of, put
 
 import evaluate
 import train
+from efficientad import ModelError
 from support.images import DataError
 from tools import sweep
 from tools.summary import COLLECTIONS, TABLES, cells, normalizations, spread, summarize
@@ -106,11 +107,15 @@ def test_runs_begun_in_another_place(tmp_path):
 def test_minutes_count_for_each_run(loco, run_script, monkeypatch):
     """However old the process is."""
     left = []
-    steps_until = "support.training.steps_until"
-    monkeypatch.setattr(steps_until, lambda end, *_: left.append(end - time.time()) or 1)
+
+    def measure(end, *_):
+        left.append(end - time.time())
+        raise ModelError("measured")
+
+    monkeypatch.setattr("support.training.steps_until", measure)
     monkeypatch.setattr("support.training.process_start", lambda: time.time() - 9000)
-    status, _, err = run_script("tools.sweep", "--data", loco, *TINY, "--minutes", 9)
-    assert status == 0 and len(left) == 2 and all(440 < seconds < 540 for seconds in left), err
+    status, _, err = run_script("tools.sweep", "--data", loco, *TINY, "--minutes", 900)
+    assert status == 1 and len(left) == 2 and all(50_000 < s <= 54_000 for s in left), err
 
 
 def test_links_and_hidden_folders(loco, run_script, tmp_path):

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -149,6 +150,8 @@ def test_recipe_shorts_step(demo_images, trained, monkeypatch):
     assert [int(step) for step in steps] == [1, 2]
     dropout = [layer.training for layer in model.autoencoder if isinstance(layer, nn.Dropout)]
     assert model.student.training and len(dropout) == 6 and not any(dropout)
+    plain = train.make_step(model, [adam, muon], replace(options, p_hard=0), data)(4)["hard"]
+    assert plain < 0.5 * losses["hard"]  # the mean of all, not of the hardest
 
 
 def test_quarters_are_random_parts():
