@@ -129,7 +129,8 @@ def op(
 def conv_relu_pool(
     x: Tensor, weight: Tensor, bias: Tensor, padding: int = 0, pool_padding: int = 0, split: int = 0
 ) -> Tensor:
-    """x N×C×H×W, or N×2·C×H×W with `split`, weight O×C×4×4, bias O -> N×O×h×w, channels last.
+    """x N×C×H×W, weight O×C×4×4, bias O -> N×O×h×w, channels last. With `split`, a multiple of 128
+    below O, x has 2·C channels, see conv_rows.py, and C is a multiple of 32.
 
     x and weight are both float16 or bfloat16, or float32, for checking (slow); they are not copied
     if they are channels last. `padding`: zeros around the image, 0 to 3. `pool_padding`: zeros
@@ -143,7 +144,8 @@ def conv_relu_pool(
     fit = x.ndim == 4 and x.shape[1] == groups * c and weight.shape[2:] == (4, 4)
     fit = fit and bias.shape == (o,) and 0 <= split < o and split % 128 == 0
     fit = fit and not (split and c % 32)
-    check_tensors("x N×C×H×W, weight O×C×4×4, bias O", fit, x=x, weight=weight, bias=bias)
+    expected = "x N×C×H×W, weight O×C×4×4, bias O; with split x N×2·C×H×W, C % 32 = split % 128 = 0"
+    check_tensors(expected, fit, x=x, weight=weight, bias=bias)
     if not 0 <= padding <= 3 or pool_padding not in (0, 1):
         raise ValueError(f"need padding 0 to 3, pool_padding 0 or 1, got {padding}, {pool_padding}")
     if min(x.shape[2:]) + 2 * (padding + pool_padding) < 5:

@@ -1,4 +1,5 @@
-"""Unpadded convolution of channels-last images for Hopper: rows of pixels are copied by the TMA.
+"""Unpadded convolution of channels-last images for Hopper, whose Tensor Memory Accelerator (TMA)
+copies rows of pixels.
 
 Seen as a matrix of N·H·W rows (pixels) and C columns, an image needs no gathering: for the output
 at pixel m, window offset (ky, kx) reads row m + ky·W + kx, whatever m is. So a tile's left operand
@@ -214,8 +215,9 @@ def conv_rows(
     x: Tensor, weight: Tensor, bias: Tensor, split: int = 0, relu: bool = False
 ) -> Tensor:
     """x N×C×H×W, weight O×C×k×k, bias O, all float16 or all bfloat16 -> N×O×h×w, channels last,
-    without padding. With `split`, x has 2·C channels; see above. x may be a slice of channels. No
-    gradient. Raises TypeError or ValueError for other input."""
+    without padding. C is a multiple of 64, O of 128. With `split`, a multiple of 128 below O, x has
+    2·C channels; see above. x may be a slice of channels. No gradient. Raises TypeError or
+    ValueError for other input."""
     return op(*check(x, weight, bias, split), split, relu)
 
 

@@ -1,8 +1,8 @@
 """Exact quantiles of any number of fp32 elements, without sorting.
 
-q is the element at position q·(n − 1) of the sorted elements, between two neighbours interpolated
-linearly: `torch.quantile` without its limit of 2²⁴ elements and with the position in float64. If
-any element is NaN, so is the result.
+The q-quantile is the value at position q·(n − 1) of the sorted elements, counted from 0, and is
+interpolated linearly between two neighbours: `torch.quantile` without its limit of 2²⁴ elements and
+with the position in float64. If any element is NaN, so is the result.
 
 Radix selection: the 32 bits of a float, mapped to an unsigned integer of the same order, are read
 as six digits. A pass counts the values of one digit among the elements whose higher digits are

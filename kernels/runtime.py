@@ -50,8 +50,8 @@ def runs_on(*tensors: Tensor) -> bool:
 
 @lru_cache(maxsize=8)
 def has_tma(device: torch.device) -> bool:
-    """Whether the GPU copies boxes of a matrix by itself, since Hopper (sm_90), and has the 144 KiB
-    of shared memory that conv_rows.py takes."""
+    """Whether the GPU has a Tensor Memory Accelerator (TMA), which copies boxes of a matrix by
+    itself (since Hopper, sm_90), and the 144 KiB of shared memory that conv_rows.py takes."""
     if triton is None or INTERPRETED or device.type != "cuda":
         return INTERPRETED
     properties = torch.cuda.get_device_properties(device)
@@ -60,9 +60,9 @@ def has_tma(device: torch.device) -> bool:
 
 
 def operator(name: str, reference, tma: bool = False):
-    """Make a function that launches kernels a torch operator, which calls `reference` instead where
-    kernels, or the TMA if they need it, cannot run. torch.compile and torch.export take it whole;
-    the shapes are those that `reference` gives for tensors without data."""
+    """Register a function that launches kernels as a torch operator. Where they cannot run, or the
+    TMA that they need is missing, the operator calls `reference`. torch.compile and torch.export
+    take it whole; its shapes are those that `reference` gives for tensors without data."""
 
     def register(launch):
         def dispatch(*arguments):
