@@ -35,7 +35,8 @@ try:
     from kernels import quantile as quantile_kernel
 except Exception as error:
     runs_on = None
-    if not (isinstance(error, ModuleNotFoundError) and error.name == "kernels"):
+    here = os.path.dirname(globals().get("__file__", ""))  # a notebook has none
+    if os.path.exists(os.path.join(here, "kernels/conv_relu_pool.py")):  # there are other `kernels`
         warnings.warn(f"kernels/ cannot be used, plain torch computes the same: {error!r}")
 
 CHANNELS = 384  # C, the teacher's output channels
@@ -48,8 +49,8 @@ class ModelError(ValueError):
 
 
 def use_kernels(*tensors: Tensor) -> bool:
-    """The one rule: a kernel runs if kernels/ was imported and EFFICIENTAD_KERNELS is not 0, on GPU
-    tensors that need no gradient, unless a graph is being exported."""
+    """The model's rule: it asks for a kernel if kernels/ was imported and EFFICIENTAD_KERNELS is
+    not 0, on GPU tensors that need no gradient, unless a graph is being exported."""
     there = KERNELS and runs_on is not None and runs_on(*tensors)
     exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
@@ -63,8 +64,8 @@ class PDN(nn.Sequential):
     """Patch description network (section 3.1, figure 2), for teacher and student.
 
     Normalized images N×3×H×W float -> N×`channels`×h×w. Each output vector describes a 33×33 patch;
-    patches are 4 pixels apart. h = H/4 with zero padding, H/4 − 8 without. `size` is "small"
-    (EfficientAD-S) or "medium" (M); raises ValueError otherwise."""
+    patches are 4 pixels apart. h = H/4 with zero padding, H/4 − 8 without. `size` is "small" (S:
+    four convolutions) or "medium" (M: six, section 4); raises ValueError otherwise."""
 
     def __init__(self, size: str = "small", channels: int = CHANNELS, padding: bool = False):
         if size not in ("small", "medium"):
@@ -73,7 +74,7 @@ class PDN(nn.Sequential):
         layers = [
             nn.Conv2d(3, width, 4, padding=3 * p),
             nn.ReLU(),
-            nn.AvgPool2d(2, 2, padding=p),  # padding counts in the mean, as published
+            nn.AvgPool2d(2, 2, padding=p),  # padding counts in the mean, as in reproductions
             nn.Conv2d(width, 2 * width, 4, padding=3 * p),
             nn.ReLU(),
             nn.AvgPool2d(2, 2, padding=p),
@@ -92,8 +93,7 @@ class PDN(nn.Sequential):
 
     def stem(self, x: Tensor) -> Tensor:
         """The first two convolutions, each with ReLU and pooling: at 256² N×256×61×61 (M: 512)."""
-        layers = list(self)
-        return pooled_stage(pooled_stage(x, *layers[:3]), *layers[3:6])
+        return pooled_stage(pooled_stage(x, *list(self)[:3]), *list(self)[3:6])
 
     def hidden(self, x: Tensor) -> Tensor:
         """The stem's output -> the input of the last convolution."""
@@ -211,7 +211,7 @@ def autoencoder_loss(teacher: Tensor, autoencoder: Tensor) -> Tensor:
 
 
 def student_autoencoder_loss(autoencoder: Tensor, student: Tensor) -> Tensor:
-    """L_STAE (section 3.3): mean of (A − S')². The gradient reaches both."""
+    """L_STAE (section 3.3): mean of (A − S')². The gradient reaches both, as in reproductions."""
     return F.mse_loss(student.float(), autoencoder.float())
 
 
@@ -222,7 +222,7 @@ class EfficientAD(nn.Module):
     """Teacher, student and autoencoder with all that is needed to score an image (figure 5).
 
     `size`: "small" (S) or "medium" (M). `image_size`: (H, W), multiples of 32 from 128. `padding`:
-    zero padding inside teacher and student; the published models have none. `shared_stem` (not in
+    zero padding inside teacher and student; reproductions have none. `shared_stem` (not in
     the paper): the student's stem is the teacher's, frozen. Raises ValueError for an impossible
     option. Buffers: teacher_mean and teacher_std 1×384×1×1; quantiles [[q_a, q_b] of the local, of
     the global map]; threshold, above which an image is anomalous (infinite until `calibrate`)."""
@@ -283,9 +283,9 @@ class EfficientAD(nn.Module):
         return self.teacher_features(x, stem), self.student(x, stem)
 
     def normalize(self, images: Tensor, any_size: bool = False) -> Tensor:
-        """Images N×3×H×W, uint8 0–255 or float 0–1 -> float32 with ImageNet's mean and standard
-        deviation. Raises ValueError for another shape or, on the CPU, floats outside 0–1 (a GPU
-        would have to wait for that check), TypeError for another dtype."""
+        """Images N×3×H×W (with `any_size` other H and W too), uint8 0–255 or float 0–1 -> float32
+        with ImageNet's mean and standard deviation. Raises ValueError for another shape or, on the
+        CPU, floats clearly outside 0–1 (a GPU would have to wait), TypeError for another dtype."""
         self.check_shape(images, any_size)
         if images.dtype == torch.uint8:
             images = images.float() / 255
@@ -325,8 +325,8 @@ class EfficientAD(nn.Module):
 
     @torch.no_grad()
     def fit_teacher_statistics(self, batches: Iterable[Tensor]) -> None:
-        """Set teacher_mean μ and teacher_std σ from the training images, batches N×3×H×W.
-        Raises ModelError if a channel of the teacher is constant over them."""
+        """Set teacher_mean μ and teacher_std σ (the supplement's) from the training images, batches
+        N×3×H×W. Raises ModelError if a channel of the teacher is constant over them."""
         mean, std = channel_statistics(self.teacher(self.normalize(b)) for b in batches)
         if not bool((std > 0).all()):
             raise ModelError("a teacher channel is constant over the training images: use another")
@@ -334,9 +334,9 @@ class EfficientAD(nn.Module):
         self.teacher_std.copy_(std)
 
     def losses(self, images: Tensor, augmented: Tensor, pretraining: Tensor | None, p_hard=0.999):
-        """The four loss terms of a training step, by name; their sum is minimized (sections 3.2 and
-        3.3). Training images I, the same with jittered colour J, and pretraining images P, of any
-        size (None: no penalty), each N×3×H×W, uint8 or float."""
+        """The loss terms of a training step by name; their sum is minimized: L_hard on the training
+        images I and the penalty on pretraining images P of any size (None: none), section 3.2; L_AE
+        and L_STAE (3.3) on J, I with jittered colour. Each N×3×H×W, uint8 or float."""
         i, j = self.normalize(images), self.normalize(augmented)
         student = self.student(i)[:, :CHANNELS]
         student_ae = self.student(j)[:, CHANNELS:]

@@ -177,8 +177,12 @@ def main(argv: list[str] | None = None) -> None:
     model = load_run(run, options.device)
     place = Path(options.out) if options.out else run
     place.mkdir(parents=True, exist_ok=True)
-    if not place.samefile(run) and any(place.glob("*.pt")):
-        raise DataError(f"{place}: holds another run; choose another --out")
+    if not place.samefile(run):
+        if any(place.glob("*.pt")):
+            raise DataError(f"{place}: holds another run; choose another --out")
+        pictures = [place / name for name in ("overlays", "anomaly_maps", "images/overlays")]
+        if any(map(Path.exists, pictures)) and not (place / ".lock").exists():
+            raise DataError(f"{place}: holds pictures of another program; choose another --out")
     with lock(place / ".lock"):
         remove_leftovers(place)
         if options.accept is not None:

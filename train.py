@@ -4,9 +4,9 @@
     python train.py --data mvtec/bottle --minutes 5  # then: python evaluate.py
     python train.py --resume runs/bottle-small       # go on after an interruption
 
-Recipe paper is the paper's training. Recipe short, ours, learns more in minutes: docs/options.md.
-Every random choice of a step is a function of the seed and the step's number, so a resumed run
-equals an uninterrupted one. Several categories or seeds, and ablations: python -m tools.sweep.
+Recipe paper is the paper's training; teacher, photos P and precision differ by default. Recipe
+short, ours, learns more in minutes: docs/options.md. A step's random choices follow from the seed
+and its number, so a resumed run equals an uninterrupted one. Several runs: python -m tools.sweep.
 """
 
 import copy
@@ -25,7 +25,7 @@ from support import training
 from support.calibration import calibrate
 from support.checkpoints import is_url, load_teacher
 from support.data import load_normal_images
-from support.optimizers import cosine, kernels_of, make_optimizers, set_rate
+from support.optimizers import cosine, make_optimizers, matrices_of, set_rate
 from support.options import OptionError, RunOptions, option, parse_options, refuse_several_runs
 from support.runs import Run, check_free, run_command
 from support.tiling import TiledEfficientAD
@@ -106,14 +106,14 @@ def rate_factor(step: int, options: Options) -> float:
 
 
 def optimizers_of(model: EfficientAD, options: Options) -> list[torch.optim.Optimizer]:
-    """Adam; recipe short: Muon, at half the rate, for the autoencoder's convolutions."""
+    """Adam; recipe short: Muon, at half the rate, for the autoencoder's later convolutions."""
     learned = [*model.student.parameters(), *model.autoencoder.parameters()]
-    matrices = kernels_of(model.autoencoder) if options.recipe == "short" else []
+    matrices = matrices_of(model.autoencoder) if options.recipe == "short" else []
     return make_optimizers(learned, options.lr, matrices, options.lr / 2)
 
 
 def make_step(model: EfficientAD, optimizers: list, options: Options, data: dict) -> Callable:
-    """A function that takes step i and returns its losses from images, photos, teacher outputs."""
+    """A function that takes the step of a given number and returns its losses; `data`: inputs."""
     device, n, streams = torch.device(options.device), options.batch_size, {}
     about = optimizers, device, options.precision
     compute = training.Step(partial(losses_of, model=model, p_hard=options.p_hard), *about)
@@ -123,9 +123,9 @@ def make_step(model: EfficientAD, optimizers: list, options: Options, data: dict
     def take_step(step: int) -> dict[str, Tensor]:
         if not streams:  # a resumed run begins in the middle
             steps, seed = range(step, options.steps), options.seed
-            for i, images in data.items():
+            for name, images in data.items():
                 if images is not None:
-                    streams[i] = training.batches_of(images, steps, n, seed, ORDER_SEEDS[i])
+                    streams[name] = training.batches_of(images, steps, n, seed, ORDER_SEEDS[name])
             if "photos" in streams and model.shared_stem:
                 streams["photos"] = training.quarters(streams["photos"], steps, seed)
         torch.manual_seed(options.seed * 1_000_003 + step)
@@ -153,7 +153,7 @@ def train(options: Options, began: float | None = None) -> Path:
     photos, penalty = training.pretraining_images(folder, size, wanted, options.skip_bad_images)
     data = {"images": training.keep_on_device(normal.training, device), "photos": photos}
 
-    # Teacher, student and autoencoder; μ and σ of the teacher over the training images (3.2).
+    # Teacher, student, autoencoder; the teacher's μ and σ over the training images (supplement).
     short = options.recipe == "short"
     shape = {"size": options.size, "image_size": size, "padding": options.padding}
     model = TiledEfficientAD(**shape, shared_stem=short)

@@ -151,7 +151,7 @@ class SimpleNet(nn.Module):
 
     @torch.no_grad()
     def optimize(self, precision: str = "auto", batch_sizes: tuple = (1,)) -> "SimpleNet":
-        """A copy for inference alone, on the same device; arguments and errors are those of
+        """A copy for inference alone, on the same device; arguments are those of
         `support.fast.optimize`, except that "int8" becomes "auto", with a warning. Batch norms and
         the adaptor are multiplied into the layers beside them. A batch of one of `batch_sizes` is
         one CUDA graph launch on a GPU."""
@@ -215,7 +215,7 @@ class SimpleNet(nn.Module):
 
     # ---- files
 
-    def load_backbone(self, path: str | None = None) -> None:
+    def load_backbone(self, path: str | None) -> None:
         """Load the trunk's weight file (None: the published one), its convolutions rounded to half
         precision, as `save` stores them. Raises ModelError as `load_weights`."""
         load_weights(self.patch_features.trunk, path)

@@ -38,7 +38,7 @@ def appearance_of(image: Image.Image) -> Appearance:
 def appearance_range(appearances: list[Appearance]) -> dict:
     """Appearances of normal images -> what is kept of them with the model: {"width", "height",
     "aspect", "brightness": [least, greatest], "gray": share of gray images, "looks": {name: [mean,
-    standard deviation]} of the three in DRIFT}. Raises ValueError without an image."""
+    standard deviation]} of the three in DRIFT}."""
     columns = dict(zip(Appearance._fields, zip(*appearances)))
     columns["aspect"] = [w / h for w, h in zip(columns["width"], columns["height"])]
     kept = {k: [min(columns[k]), max(columns[k])] for k in ("width", "height", "aspect")}

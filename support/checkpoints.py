@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import re
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -61,26 +62,38 @@ def is_url(path: str | Path | None) -> bool:
     return str(path).startswith(("https://", "http://"))
 
 
-def fetch(url: str) -> dict:
-    """The checkpoint behind a URL, kept in torch's cache. The hash is checked that torch.hub reads
-    from a name such as resnet18-f37072fd.pth; a name without one gets the URL's own."""
+def fetch(url: str) -> Path:
+    """The file behind a URL, in torch's cache. The hash is checked that torch.hub reads from a name
+    such as resnet18-f37072fd.pth; a name without one gets the URL's own."""
     name = url.split("?")[0].rsplit("/", 1)[-1]
     hashed = re.search(r"-[0-9a-f]{8,}\.", name) is not None  # and teacher-2.pt is not
     if not hashed:  # two sites may call their files the same
         name = f"{hashlib.sha256(url.encode()).hexdigest()[:16]}_{name}"
-    return torch.hub.load_state_dict_from_url(
-        url, map_location="cpu", check_hash=hashed, file_name=name, weights_only=True
-    )
+    file = Path(torch.hub.get_dir(), "checkpoints", name)
+    if not file.exists():
+        about = {"map_location": "cpu", "check_hash": hashed, "weights_only": True}
+        torch.hub.load_state_dict_from_url(url, file_name=name, **about)
+    return file
+
+
+def check_sums(path: str | Path) -> None:
+    """Raise BadZipFile if a part of the checkpoint differs from its check sum: torch.load does not
+    look at it. Files of earlier kinds, without one, pass."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if part := archive.testzip():
+                raise zipfile.BadZipFile(part)
 
 
 def read_checkpoint(path: str | Path) -> dict:
     """A dict that torch.load(weights_only=True) reads, on the CPU, from a file or a URL. Raises
     ModelError otherwise."""
+    file = path
     try:
         if is_url(path):
-            checkpoint = fetch(str(path))
-        else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            file = fetch(str(path))
+        check_sums(file)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except (FileNotFoundError, NotADirectoryError):
         raise ModelError(f"{path}: no such file") from None
     except OSError as error:
@@ -91,7 +104,7 @@ def read_checkpoint(path: str | Path) -> dict:
         if out_of_memory(error):
             raise
         reason = "not a readable checkpoint (damaged, or of another program)"
-        raise ModelError(f"{path}: {reason}") from None
+        raise ModelError(f"{file}: {reason}") from None
     if not isinstance(checkpoint, dict):
         raise ModelError(f"{path}: not a checkpoint of this program")
     return checkpoint

@@ -18,6 +18,7 @@ from support.images import SUFFIXES, DataError, Images, Size, list_images, open_
 NORMAL = {"good", "normal", "ok"}  # names of folders, in whatever case
 OTHERS = {"abnormal", "anomaly", "anomalies", "bad", "defect", "defective", "defects", "ko", "ng"}
 OTHERS |= {"ground_truth", "label", "labels", "mask", "masks", "test", "train"}
+OTHERS |= {"overlays", "anomaly_maps"}  # evaluate.py's
 OTHERS |= {f"test_{part}" for part in ("public", "private", "private_mixed")}  # MVTec AD 2
 MASKS = SUFFIXES - {".jpg", ".jpeg", ".webp"}  # those blur a mask's edge
 MASK_ENDING = re.compile("_(mask|gt|label)$", re.IGNORECASE)
@@ -127,9 +128,10 @@ def open_category(data: str | Path) -> Category:
     if data == "demo" and not root.exists():
         try:
             make_demo(root)
-        except OSError:  # another process has drawn it meanwhile
-            if not root.is_dir():
-                raise
+        except OSError as error:
+            if not root.is_dir():  # nor has another process drawn it meanwhile
+                reason = f"the demo set cannot be drawn here ({error.strerror})"
+                raise DataError(f"{root}: {reason}; name a data set with --data") from None
     if not root.is_dir():
         choice = "a category's folder, a folder of normal images, or 'demo'"
         raise DataError(f"{root}: no such folder; --data takes {choice}")
@@ -137,6 +139,11 @@ def open_category(data: str | Path) -> Category:
     if (root / "Data/Images/Normal").is_dir():
         return _open_visa(root, place.name)
     if (root / "train").is_dir():
+        for part in ("train", "validation", "test"):
+            for path in (root / part).glob("[!.]*"):
+                if path.suffix.lower() in SUFFIXES and path.is_file():
+                    reason = f"belongs into a folder of {part}, such as {part}/good"
+                    raise DataError(f"{path}: {reason}, or out of it")
         own, loco = root / "validation/good", (root / "defects_config.json").exists()
         if not (root / "train/good").is_dir():
             raise DataError(f"{root}: its normal images belong into train/good, but there is none")
@@ -167,7 +174,8 @@ def list_categories(data: str | Path) -> list[Path]:
     anything else, such as a single category."""
 
     def is_category(folder: Path) -> bool:
-        return (folder / "train").is_dir() or (folder / "Data/Images/Normal").is_dir()
+        parts = ("train", "Data/Images/Normal")
+        return any(os.path.isdir(folder / part) for part in parts)  # False where it may not look
 
     if data == "demo" or not Path(data).is_dir() or is_category(Path(data)):
         return []

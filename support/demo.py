@@ -27,22 +27,23 @@ DEMO_SPLITS = {  # folder: number of images
 SCALE = 2  # drawn at twice the size, for smooth edges
 
 
-def make_demo(root: str | Path, seed: int = 0) -> None:
+def make_demo(root: str | Path) -> None:
     """Draw the demo set into the new folder `root`, in MVTec LOCO's layout: 304 RGB images of
-    256×256 pixels, and masks for every defect. The same seed draws the same images. The folder
-    appears when it is complete. Raises OSError if it exists."""
+    256×256 pixels, and masks for every defect. They are the same every time. The folder appears
+    when it is complete. Raises OSError if it exists."""
     root = Path(root)
     # Hidden, since what is left of a killed process must not pass for a category.
     temporary = root.with_name(f".{root.name}.tmp{os.getpid()}")
     defects = {"logical_anomalies": DEMO_LOGICAL, "structural_anomalies": DEMO_STRUCTURAL}
     values = {name: 255 - i for i, name in enumerate(DEMO_LOGICAL + DEMO_STRUCTURAL)}
+    shutil.rmtree(temporary, ignore_errors=True)  # in a container numbers of processes repeat
     try:
         for split, (folder, count) in enumerate(DEMO_SPLITS.items()):
             kinds = defects.get(folder.split("/")[1], (None,))
             (temporary / folder).mkdir(parents=True)
             for i in range(count):
                 defect = kinds[i % len(kinds)]
-                image, masks = draw_demo_image(default_rng((seed, split, i)), defect)
+                image, masks = draw_demo_image(default_rng((0, split, i)), defect)
                 image.save(temporary / folder / f"{i:03d}.png")
                 truth = temporary / folder.replace("test", "ground_truth") / f"{i:03d}"
                 for j, mask in enumerate(masks):

@@ -3,6 +3,8 @@
 import os
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,10 @@ from support.appearance import appearance_of
 
 warnings.filterwarnings("ignore", module=r"PIL\b")  # `open_image` says what matters
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
-UNREAD = {".arw", ".avif", ".cr2", ".dng", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl"}
-UNREAD |= {".nef", ".pbm", ".pgm", ".ppm", ".raw", ".tga"}
+UNREAD = {".arw", ".avif", ".cr2", ".dng", ".gif", ".heic", ".heif", ".hif", ".j2k", ".jfif"}
+UNREAD |= {".jp2", ".jpe", ".jxl", ".mpo", ".nef", ".pbm", ".pgm", ".pnm", ".ppm", ".raw", ".tga"}
 Size = tuple[int, int]  # (H, W)
+THREADS = max(4, min(12, (os.cpu_count() or 1) - 2))  # that decode
 
 
 class DataError(ValueError):
@@ -63,7 +66,9 @@ def read_image(path: str | Path) -> Image.Image:
     image = open_image(path)
     if image.mode == "RGB":
         return image
-    values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)  # convert would clip at 255
+    values = np.asarray(image).astype(np.int64)  # convert would clip at 255
+    if values.min() < 0 or values.max() > 65535:
+        raise DataError(f"{path}: has values beyond 0 to 65535; save it with 8 or 16 bits")
     return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
 
 
@@ -76,8 +81,9 @@ def to_array(image: Image.Image, size: Size) -> np.ndarray:
 def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
     """The image files of a folder, sorted by path, without hidden files and folders. Links are
     followed; a folder is entered once. A link that leads nowhere is listed: reading it says so.
-    Photos of other kinds are left out, with a note on stderr. Raises DataError if there is no such
-    folder, if one cannot be read, or without an image."""
+    If `recursive`, images below are read too, and photos of other kinds left out, with a note on
+    stderr; else they are refused. Raises DataError for them, if there is no such folder, if one
+    cannot be read, or without an image."""
     folder, paths, entered, unread = Path(folder), [], set(), []
     if not folder.is_dir():
         reason = "is a file, not a folder" if folder.is_file() else "no such folder"
@@ -91,12 +97,17 @@ def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
             folders.clear()
             continue
         entered.add(os.path.realpath(place))
-        folders[:] = sorted(name for name in folders if name[0] != ".") if recursive else []
+        folders[:] = sorted(name for name in folders if name[0] != ".")
         for path in (os.path.join(place, name) for name in names if name[0] != "."):
             usable = os.path.isfile(path) or not os.path.exists(path)  # not a pipe
             suffix = os.path.splitext(path)[1].lower()
             if usable and suffix in SUFFIXES | UNREAD:
                 (paths if suffix in SUFFIXES else unread).append(Path(path))
+    for path in () if recursive else (*paths, *unread):
+        if path.parent != folder:
+            raise DataError(f"{path}: lies in a folder within {folder}; move it up, or out of it")
+        if path in unread:
+            raise DataError(f"{path}: of a kind that is not read; save it as .png, or remove it")
     if unread:
         what = f"{len(unread)} of another kind, such as {min(unread)}"
         print(f"note: {folder}: left out {what}: save as .png or .jpg", file=sys.stderr)
@@ -105,12 +116,24 @@ def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
     return sorted(paths)
 
 
+def in_threads(function: Callable, arguments: range, threads: int = THREADS) -> Iterator:
+    """function(i) for each i in turn, computed by threads a little before it is wanted."""
+    with ThreadPoolExecutor(threads) as pool:
+        pending = [pool.submit(function, i) for i in arguments[: 2 * threads]]
+        for i in arguments:
+            yield pending.pop(0).result()
+            if i + 2 * threads < arguments.stop:
+                pending.append(pool.submit(function, i + 2 * threads))
+
+
 class Images:
     """The images of `paths` by index, as uint8 arrays 3×H×W of one size. They are decoded on first
     use and kept while they fit into `cache_bytes`. With `zoom` 2 each is resized to 2H×2W and its
     centre is cut out, as the pretraining images are. One that cannot be read raises DataError; with
     `skip_bad` the next one takes its place. `appearances` of those decoded so far (without zoom)
     are by index too, and `errors` of those that cannot be read, by the index before `check`."""
+
+    remedy = "; or leave such files out with --skip-bad-images"
 
     def __init__(self, paths: list[Path], size: Size, zoom=1, cache_bytes=2**32, skip_bad=False):
         self.paths, self.size, self.zoom = list(paths), size, zoom
@@ -127,12 +150,14 @@ class Images:
         for i in (k % len(self) for k in range(index, index + len(self))):
             if i in self.kept:
                 return self.kept[i]
+            if i in self.errors and self.skip_bad:
+                continue
             try:
                 return self._keep(i, read_image(self.paths[i]))
             except DataError as error:
                 self.errors[i] = str(error)
             if not self.skip_bad:
-                raise DataError(f"{self.errors[i]}; or leave such files out with --skip-bad-images")
+                raise DataError(self.errors[i] + self.remedy)
         raise DataError(f"none of {len(self)} images can be read; the last: {self.errors[i]}")
 
     def _keep(self, index: int, image: Image.Image) -> np.ndarray:
@@ -149,8 +174,10 @@ class Images:
     def check(self) -> None:
         """Decode all images once. With `skip_bad` the bad ones are named on stderr and taken out,
         and later no other one is. Raises DataError for one, or if none can be read."""
-        for i in tqdm(range(len(self)), "decoding", unit="image"):
-            self.decode(i)
+        decoded = in_threads(self.decode, range(len(self)))
+        for _ in tqdm(decoded, "decoding", len(self), unit="image"):
+            pass
+        self.errors = dict(sorted(self.errors.items()))
         for error in self.errors.values():
             print(f"skipped: {error}", file=sys.stderr)
         good, self.skip_bad = [i for i in range(len(self)) if i not in self.errors], False

@@ -52,8 +52,8 @@ def make_adam(groups: list[dict], device: torch.device) -> torch.optim.Adam:
 def make_optimizers(
     learned: Iterable[nn.Parameter], lr: float, matrices: list[nn.Parameter], matrix_lr: float
 ) -> list[torch.optim.Optimizer]:
-    """Adam for `learned` without the frozen ones; for `matrices` among them, weights of
-    convolutions, Muon."""
+    """Adam for those in `learned` that are not frozen; Muon for those of them that are in
+    `matrices`, weights of convolutions."""
     known = set(matrices)
     others = [weight for weight in learned if weight.requires_grad and weight not in known]
     device = others[0].device
@@ -63,7 +63,7 @@ def make_optimizers(
     return optimizers
 
 
-def kernels_of(network: nn.Sequential) -> list[nn.Parameter]:
+def matrices_of(network: nn.Sequential) -> list[nn.Parameter]:
     """The weights of a network's convolutions but the first, whose rows are too short for Muon."""
     return [layer.weight for layer in network if isinstance(layer, nn.Conv2d)][1:]
 
@@ -79,7 +79,7 @@ def prepare(groups: list[dict], device: torch.device) -> list[dict]:
 
 
 def set_rate(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:
-    """Every group's learning rate: `factor` times what it began with."""
+    """Set every group's learning rate to `factor` times its initial one."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(group["full_lr"] * factor)

@@ -68,8 +68,9 @@ def parse_options(cls: type, usage: str, argv: list[str] | None = None) -> typin
     given = vars(parser.parse_args(argv))
     try:
         if isinstance(given.get("resume"), str):  # a run's folder
-            if given.keys() - {"resume", "device", "data", "skip_bad_images"}:
-                reason = "with it go --device, --skip-bad-images and, if the data moved, --data"
+            moved = {"data", "pretraining_images"}
+            if given.keys() - {"resume", "device", "skip_bad_images"} - moved:
+                reason = "with it go --device, --skip-bad-images and, if they moved, the data"
                 raise OptionError(f"--resume takes its options from the run; {reason}")
             given = {**saved_options(Path(given["resume"]), cls), **given}
         return cls(**given)
@@ -162,7 +163,7 @@ def share(text: str) -> float:
     return value
 
 
-def pick_device(name: str | None = None) -> torch.device:
+def pick_device(name: str | None) -> torch.device:
     """The device of this name; by default the GPU if there is one, else the CPU. Raises ModelError
     if torch cannot use it."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -22,8 +22,7 @@ def recalibrate(run: Path, model: nn.Module, folder: Path, confirmed: bool, skip
     stays in the run as model-1.pt, model-2.pt, … Raises DataError for a training image among them,
     whose score says nothing about new ones, and, unless `confirmed`, for one that looks like a
     defect: as far above the threshold as that is above the median known score, or farther."""
-    images = Images(list_images(folder, recursive=True), model.image_size)
-    images.skip_bad = skip_bad
+    images = Images(list_images(folder, recursive=True), model.image_size, skip_bad=skip_bad)
     images.check()
     info, looks = model.training_info, list(images.appearances.values())
     trained_on = set(info.get("appearance", {}).get("trained_on", []))

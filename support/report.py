@@ -152,15 +152,23 @@ def new_folder(old: Path) -> Iterator[Path]:
     """A folder that takes the place of `old` at the end; after an error that one stays. A link
     stays too: the folder that it names is replaced."""
     old = old.resolve()
-    new = old.with_name(f"{old.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
+    new, former = old.with_name(f"{old.name}.new"), old.with_name(f"{old.name}.old")
+
+    def tidy() -> None:
+        if former.exists() and not old.exists():  # the end came between the two renamings
+            former.rename(old)
+        for folder in (new, former):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    tidy()
     new.mkdir(parents=True)
     try:
         yield new
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists():
+            old.rename(former)
         new.rename(old)
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        tidy()
 
 
 # ----------------------------------------------------------------------------------- report.html

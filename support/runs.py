@@ -46,7 +46,8 @@ TEMPORARY = re.compile(r"\.unfinished\d+$")  # names of files that are being wri
 def run_command(main: Callable[[], object], name: str) -> None:
     """Run a script's main function. Bad input, or too little memory, ends in one line and exit
     status 2, Ctrl-C in 130."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
+    if sys.stdout:  # not closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
         main()
     except (DataError, ModelError, OSError) as error:
@@ -231,14 +232,17 @@ def new_run_folder(out: str | None, name: str) -> Path:
 
 
 def check_free(options: RunOptions) -> None:
-    """Raise DataError if the run's folder is in use or holds another run: before images are decoded
-    for minutes, not after."""
-    folder = Path(options.resume or options.out or "")
+    """Raise DataError if the run's folder is in use, holds another run or cannot be written: before
+    images are decoded for minutes, not after."""
+    folder = Path(options.resume or options.out or "runs")
     if options.resume:
         lock(folder / ".lock").close()
     elif options.out and folder.exists() and (not folder.is_dir() or holds_results(folder)):
         remedy = f"choose another --out, or go on with --resume {shlex.quote(options.out)}"
         raise DataError(f"{folder}: exists; {remedy}")
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not os.access(place, os.W_OK):
+        raise DataError(f"{place}: cannot be written; name another folder with --out")
 
 
 def absolute(option: str, value: object) -> object:
@@ -260,9 +264,9 @@ class Run:
         self.options, self.normal, self.errors = options, normal, getattr(photos, "errors", {})
         paths = [*normal.training.paths, *normal.validation.paths]
         self.files = {"data": fingerprint(paths, normal.category.root)}
-        if hasattr(photos, "paths"):
-            names = fingerprint(photos.paths, options.pretraining_images)
-            self.files["pretraining_images"] = names
+        folder = getattr(options, "pretraining_images", None)
+        names = fingerprint(photos.paths, folder) if hasattr(photos, "paths") else folder
+        self.files["pretraining_images"] = names
         name = f"{normal.category.name}-{model}"
         self.folder = Path(options.resume) if options.resume else new_run_folder(options.out, name)
         self.lock = lock(self.folder / ".lock")
@@ -283,7 +287,8 @@ class Run:
             return
         path, state = self.folder / "resume.pt", self.state
         with filling(f"{path}: damaged, or of another model; start the run again"):
-            changed = [name for name, files in self.files.items() if files != state["files"][name]]
+            before = state["files"]
+            changed = [name for name, files in self.files.items() if files != before.get(name)]
             if not changed:
                 model.load_state_dict(state["model"])
                 for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):

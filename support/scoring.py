@@ -20,12 +20,9 @@ from efficientad import EfficientAD, ModelError
 from support import report
 from support.appearance import Appearance, appearance_of, differences, drift
 from support.fast import optimize
-from support.images import SUFFIXES, DataError, list_images, read_image, to_array
+from support.images import SUFFIXES, DataError, in_threads, list_images, read_image, to_array
 from support.metrics import p_value, threshold_for
 from support.runs import fingerprint, threshold_meaning, write
-from support.training import in_threads
-
-REMEDY = "the threshold is not for them; recalibrate with --accept DIR, or train anew"
 
 
 def fast_form(model: nn.Module, precision: str) -> nn.Module:
@@ -166,7 +163,8 @@ def score_folder(
     if not known_looks:
         print("how its images looked is not in the model: unusual images are not marked")
     elif change := drift(looks, known_looks):
-        print(f"{change} than the known normal images: {REMEDY}")
+        remedy = "the threshold is not for them; recalibrate with --accept DIR, or train anew"
+        print(f"{change} than the known normal images: {remedy}")
     how = [getattr(model, name, "") for name in ("precision", "choice")]
     print(f"{speed:.1f} images/s, {'; '.join(filter(None, how)) or 'fp32'}")
 

@@ -5,10 +5,8 @@ import copy
 import ctypes
 import itertools
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 
 import numpy as np
@@ -27,10 +25,9 @@ from efficientad import (
     student_autoencoder_loss,
 )
 from support.graphs import Graphed, beside, side_stream
-from support.images import Images, PhotographCrops, list_images
+from support.images import Images, PhotographCrops, in_threads, list_images
 
 KEPT_BYTES = 2 * 2**30  # on the device, each: decoded training images, teacher outputs for them
-THREADS = max(4, min(12, (os.cpu_count() or 1) - 2))  # that decode
 
 # ------------------------------------------------------------------------------ order of batches
 
@@ -51,16 +48,6 @@ def shuffled(images: Sequence, step: int, batch_size: int, *seed: int) -> Tensor
     if isinstance(batch[0], Tensor):
         return torch.stack(batch)
     return torch.from_numpy(np.stack(batch))  # by numpy: torch would start threads in each thread
-
-
-def in_threads(function: Callable, arguments: range, threads: int = THREADS) -> Iterator:
-    """function(i) for each i in turn, computed by threads a little before it is wanted."""
-    with ThreadPoolExecutor(threads) as pool:
-        pending = [pool.submit(function, i) for i in arguments[: 2 * threads]]
-        for i in arguments:
-            yield pending.pop(0).result()
-            if i + 2 * threads < arguments.stop:
-                pending.append(pool.submit(function, i + 2 * threads))
 
 
 def batches_of(images: Sequence, steps: range, batch_size: int, *seed: int) -> Iterator[Tensor]:
@@ -219,10 +206,10 @@ def kept(features: Iterable[Tensor], precision: str) -> Tensor:
 
 
 def keep_teacher_outputs(model: EfficientAD, data: dict, precision: str, fit=False) -> None:
-    """Add to the data of a training `teacher`, the teacher's outputs for its images, if they take
-    no more than KEPT_BYTES. Recipe short: `known`, as many of the images as there is room for,
-    evenly spread, and `known_teacher`. What is there already stays. With `fit`, of recipe short,
-    the same passes set the teacher's mean and deviation; they see all images."""
+    """Add "teacher" to `data`: the teacher's outputs for the images, if they take no more than
+    KEPT_BYTES. Recipe short adds "known", as many of the images as there is room for, evenly
+    spread, and "known_teacher", their outputs. What is there already stays. With `fit` (recipe
+    short) passes over all images set the teacher's mean and deviation as well."""
     images, device = data["images"], model.threshold.device
     size = CHANNELS * math.prod(model.map_size) * (4 if precision == "fp32" else 2)
     every, name = math.ceil(len(images) / max(1, KEPT_BYTES // size)), "teacher"
@@ -267,9 +254,12 @@ def process_start() -> float:
 def steps_until(
     end: float, take_step: Callable[[int], dict], model: EfficientAD, validation: Sequence
 ) -> int:
-    """How many steps fit in if calibration shall be over at the time `end`. Takes some steps to
-    time them. Raises ModelError if fewer than 50 fit."""
+    """How many training steps fit in before the time `end`, calibration included. Takes some steps
+    to time them. Raises ModelError if fewer than 50 fit."""
     image, device = torch.as_tensor(validation[0])[None], model.threshold.device
+    too_late = "preparation and calibration leave time for {} steps; give more --minutes, for 50"
+    if time.time() > end:
+        raise ModelError(f"{too_late.format(0)} at least")
     moments, seconds = [], min(60, 0.02 * (end - time.time()))
     while len(moments) < 3 or moments[-1] - moments[0] < seconds:
         losses = [take_step(5 * len(moments) + i) for i in range(5)][-1]
@@ -285,8 +275,7 @@ def steps_until(
     step = (moments[-1] - moments[0]) / 5 / (len(moments) - 1)  # the first ones are slow
     steps = int((end - calibration - time.time()) / step)
     if steps < 50:
-        left = f"preparation and calibration leave time for {max(0, steps)} steps"
-        raise ModelError(f"{left}; give more --minutes, for 50 at least")
+        raise ModelError(f"{too_late.format(max(0, steps))} at least")
     return steps
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import os
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -111,6 +112,10 @@ def test_teachers_behind_urls_of_one_name(server, tmp_path):
         load_teacher(teacher, "small", f"{server}{site}/teacher-2.pt")
         expected = read_checkpoint(tmp_path / "www" / site / "teacher-2.pt")
         assert torch.equal(teacher[0].weight, expected["0.weight"])
+    cached = max((tmp_path / "cache").rglob("*.pt"), key=os.path.getmtime)
+    cached.write_bytes(cached.read_bytes()[:-99])
+    with pytest.raises(ModelError, match=f"{cached}: not a readable checkpoint"):
+        load_teacher(teacher, "small", f"{server}{site}/teacher-2.pt")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ there before stays."""
 
 import os
 import shutil
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 
 from efficientad import CHANNELS, PDN, EfficientAD, ModelError
 from support.checkpoints import load_model, load_teacher, read_checkpoint, write_checkpoint
-from support.data import open_category
+from support.data import list_categories, open_category
 from support.images import DataError, list_images, read_image
 from support.runs import fingerprint, holds_results, run_command
 
@@ -91,6 +92,7 @@ def test_odd_images_are_scored_and_marked(run, score, tmp_path):
 
 
 def test_folders_that_cannot_be_used(tmp_path, run_script, run):
+    put(tmp_path / "mine/images/overlays/x.png")
     for command, words in (
         (("--images", "nowhere"), ("nowhere", "no such folder")),
         (("--images", "run/model.pt"), ("model.pt", "is a file, not a folder")),
@@ -100,6 +102,7 @@ def test_folders_that_cannot_be_used(tmp_path, run_script, run):
         (("--accept", "nowhere"), ("nowhere", "no such folder")),
         (("--yes",), ("--yes goes with --accept",)),
         (("--accept", "a", "--out", "o"), ("--out goes without --accept",)),
+        (("--images", "a", "--out", "mine"), ("mine: holds pictures of another program",)),
     ):
         assert_refused(run_script("evaluate.py", "--run", run, *CPU, *command), *words)
     assert files(run).keys() <= {"model.pt", ".lock"}
@@ -140,13 +143,16 @@ def test_too_little_memory_is_no_damage(run_script, tiny_demo, interrupt_at, mon
             assert_refused(run_script("train.py", "--resume", "r"), "train.py: too little memory")
 
 
-def test_other_ends(capsys):
+def test_other_ends(capsys, monkeypatch):
     """Ctrl-C outside the steps; a bug, which keeps its traceback."""
     with pytest.raises(SystemExit, match="130"):
         run_command(Mock(side_effect=KeyboardInterrupt), "train.py")
     assert capsys.readouterr().err == "\ntrain.py: interrupted\n"
     with pytest.raises(RuntimeError, match="shapes differ"):
         run_command(Mock(side_effect=RuntimeError("shapes differ")), "train.py")
+    monkeypatch.setattr(sys, "stdout", None)  # closed by the shell
+    run_command(main := Mock(), "train.py")
+    main.assert_called_once()
 
 
 def test_unreadable_permissions():
@@ -165,6 +171,7 @@ def test_unreadable_permissions():
                 read_image(secret)
             with pytest.raises(DataError, match=f"locked: cannot be read .{denied}"):
                 list_images(folder / "in", recursive=True)
+            assert list_categories(folder / "in") == []  # nor does it stop a collection
             with pytest.raises(ModelError, match="model.pt: cannot be read"):
                 read_checkpoint(folder / "model.pt")
             with pytest.raises(ModelError, match=f"other.pt: cannot be written .{denied}"):
@@ -177,7 +184,7 @@ def test_unreadable_permissions():
 # ---------------------------------------------------------------------------------------- data sets
 
 
-def test_data_sets_that_cannot_be_trained_on(tmp_path, run_script):
+def test_data_sets_that_cannot_be_trained_on(tmp_path, run_script, monkeypatch):
     for i in range(4):
         put(tmp_path / f"above/mvtec/part/train/good/{i}.png")
         put(tmp_path / f"above/mvtec/other/train/good/{i}.png")
@@ -187,6 +194,8 @@ def test_data_sets_that_cannot_be_trained_on(tmp_path, run_script):
     put(tmp_path / "above/mvtec/part/test/dent/0.png")
     put(tmp_path / "checked/validation/good/0.png", b"")
     put(tmp_path / "lonely/train/good/0.png")
+    put(tmp_path / "scored/runs/own-small/overlays/0.png")
+    put(tmp_path / "scored/0.png")
     for name in "DAGM/Train/0 named/train/ok/0 marked/0 marked/0_GT mixed/OK/0 mixed/1".split():
         put(tmp_path / f"{name}.png")
     (tmp_path / "bare/train/good").mkdir(parents=True)
@@ -201,6 +210,7 @@ def test_data_sets_that_cannot_be_trained_on(tmp_path, run_script):
         (("--data", "DAGM"), "Train/0.png: lies in a part of a data set", "normal images alone"),
         (("--data", "mixed"), "mixed/OK/0.png: lies in a part of a data set"),
         (("--data", "marked"), "marked/0_GT.png: may be a mask of 0.png"),
+        (("--data", "scored"), "overlays/0.png: lies in a part of a data set"),
         (("--data", "named"), "named: its normal images belong into train/good"),
         (("--data", "bare"), "bare/train/good: no images"),
         (("--data", "lonely"), "lonely: only 1 normal image"),
@@ -228,8 +238,15 @@ def test_data_sets_that_cannot_be_trained_on(tmp_path, run_script):
         assert_refused(run_script(*command), *words)
     after = files(tmp_path)
     assert {p: c for p, c in after.items() if not p.endswith(".lock")} == before
-    put(tmp_path / "runs", b"mine")
     command = ("train.py", *TINY, "--data", part, "--steps", 1)
+    with monkeypatch.context() as patch:  # as on a medium that can be read alone
+        patch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+        patch.setattr("train.load_normal_images", None)  # it is found before images are decoded
+        words = "cannot be written; name another folder with --out"
+        assert_refused(run_script(*command), f"{tmp_path}: {words}")
+        (tmp_path / "empty").mkdir()
+        assert_refused(run_script(*command, "--out", "empty"), f"empty: {words}")
+    put(tmp_path / "runs", b"mine")
     assert_refused(run_script(*command), "Not a directory: 'runs/part-small'")
     assert_refused(run_script("evaluate.py", "--run", "file"), "file/model.pt: no such file")
 
@@ -321,10 +338,13 @@ def test_checkpoints_that_cannot_be_used(model, run, run_script, tmp_path):
     whole, state, victim = path.read_bytes(), model.state_dict(), tmp_path / "executed"
     good = model.checkpoint()
     missing = {k: v for k, v in state.items() if k != "quantiles"}
+    weight = state["student.8.weight"].numpy().tobytes()[:64]
+    assert whole.count(weight) == 1
     nan, inf = torch.full((128,), torch.nan), torch.full((1, CHANNELS, 1, 1), torch.inf)
     command = ("evaluate.py", "--run", run, "--images", ROOT / "docs", *CPU)
     for content, words in (
         (whole[: len(whole) // 2], "not a readable checkpoint"),
+        (whole.replace(weight, weight[::-1]), "not a readable checkpoint"),
         (good | {"training": Exploit(str(victim))}, "not a readable checkpoint"),
         (torch.zeros(3), "not a checkpoint of this program"),
         (state, "not a model of this program"),
@@ -381,6 +401,7 @@ def test_training_states_that_cannot_be_resumed(model, run_script, tmp_path):
     options = {"device": "cpu", "data": "part", "image_size": [128, 128], "steps": 2}
     options["pretraining_images"] = "none"
     names = {"data": fingerprint(sum(open_category("part").split(0), []), "part")}
+    names["pretraining_images"] = "none"
     good = {"format": "run", "options": options, "step": 1, "seconds": 0.0, "files": names}
     good |= {"model": model.state_dict(), "errors": {}, "optimizers": [{}]}
     path = tmp_path / "cut/resume.pt"
@@ -394,6 +415,7 @@ def test_training_states_that_cannot_be_resumed(model, run_script, tmp_path):
         (good, "damaged, or of another model"),  # its optimizer
         (good | {"errors": ["x"]}, "damaged, or of another model"),
         (good | {"files": {"data": 1}}, "part: has other images than when the run began"),
+        (good | {"files": {"data": names["data"]}}, "none: has other images than when the run"),
     ):
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         before = path.read_bytes()

@@ -1,8 +1,10 @@
 """Data sets and their layouts, appearances, the demo set."""
 
 import json
+import os
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -141,6 +143,12 @@ def test_mvtec_layout(tmp_path):
         with pytest.raises(DataError, match=f"test/{name}: .*rename"):
             open_category(root)
         shutil.rmtree(root / f"test/{name}")
+    loose = save(root / "test/loose.png")
+    with pytest.raises(
+        DataError, match="loose.png: belongs into a folder of test, such as test/good"
+    ):
+        open_category(root)
+    loose.unlink()
     (root / "test").rename(root / "test_public")  # MVTec AD 2
     (root / "ground_truth").rename(root / "test_public/ground_truth")
     assert contents(open_category(root)) == {"broken/000": 5, "broken/001": 6, "good/000": 0}
@@ -210,17 +218,21 @@ def test_folders(tmp_path, capfd):
     category = open_category(tmp_path / "photos")
     assert category.layout == "folder" and not category.test
     assert [path.name for path in category.train] == ["b.png", "a.jpg"]
-    assert [path.name for path in list_images(tmp_path / "photos")] == ["b.png"]
+    with pytest.raises(DataError, match="sub/a.jpg: lies in a folder within .*photos; move it up"):
+        list_images(tmp_path / "photos")  # as in train/good, where all lie side by side
     assert not capfd.readouterr().err
     for name in ("IMG_1.HEIC", "a.jfif"):
         put(tmp_path / "photos" / name, b"")
-    assert len(list_images(tmp_path / "photos")) == 1
+    assert len(list_images(tmp_path / "photos", recursive=True)) == 2
     assert "left out 2 of another kind, such as" in (note := capfd.readouterr().err)
     assert "IMG_1.HEIC: save as .png or .jpg" in note
-    (tmp_path / "photos/b.png").unlink()
+    for name in ("b.png", "sub/a.jpg"):
+        (tmp_path / "photos" / name).unlink()
     with pytest.raises(DataError, match="photos: no images .* in it"):
-        list_images(tmp_path / "photos")
+        list_images(tmp_path / "photos", recursive=True)
     assert capfd.readouterr().err == note
+    with pytest.raises(DataError, match="IMG_1.HEIC: of a kind that is not read; save it as .png"):
+        list_images(tmp_path / "photos")
     with pytest.raises(DataError, match="nowhere: no such folder; --data takes"):
         open_category(tmp_path / "nowhere")
     assert open_category(save(tmp_path / "line/ok/0.png").parents[1]).layout == "folder"
@@ -238,6 +250,11 @@ def test_only_the_word_demo_means_the_built_in_set(tmp_path, monkeypatch):
     own = save(tmp_path / "demo/own.png")
     for name in ("./demo", "demo/", Path("demo"), own.parent):
         assert [path.name for path in open_category(name).train] == ["own.png"], name
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "make_demo", Mock(side_effect=OSError(28, "No space left on device")))
+        with pytest.raises(DataError, match="demo set cannot be drawn here .No space left"):
+            open_category("demo")
+    save(Path(f"datasets/.demo.tmp{os.getpid()}/train/good/old.png"))  # of a container that ended
     assert len(open_category("demo").train) == 2
     save(tmp_path / "demo/part/train/good/0.png")
     assert len(data.list_categories("demo/")) == 1 and data.list_categories("demo") == []

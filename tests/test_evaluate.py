@@ -196,7 +196,7 @@ def test_own_set_in_another_place(model, tiny_demo, run_script, tmp_path, monkey
     known["trained_on"] += [appearance_of(read_image(tiny_demo / "train/good/000.png")).fingerprint]
     assert evaluate.find_tests(moved, info, options)[1:] == (moved, True)
     damaged.unlink()
-    elsewhere = tmp_path / "elsewhere"
+    elsewhere = put(tmp_path / "elsewhere/.lock", b"").parent  # evaluated into before
     put(elsewhere / "anomaly_maps/tiny/test/good/gone.tiff")
     put(elsewhere / "anomaly_maps/other/test/good/kept.tiff")
     command = ("evaluate.py", "--run", "moved", "--data", tiny_demo, "--tiff", "--out", elsewhere)
@@ -210,6 +210,36 @@ def test_own_set_in_another_place(model, tiny_demo, run_script, tmp_path, monkey
     monkeypatch.setattr("support.runs.open", read_only, raising=False)
     result = run_script("evaluate.py", "--run", "moved", "--data", tiny_demo, *CPU)
     assert_refused(result, "moved: cannot be written; make it writable, or take another")
+
+
+def test_pictures_are_replaced_whole(tmp_path, monkeypatch):
+    """Whenever the process ends, there are the old ones or the new ones."""
+    folder, rename = tmp_path / "overlays", Path.rename
+
+    def renew(name: str) -> None:
+        with report.new_folder(folder) as new:
+            put(new / name)
+
+    renew("a.png")
+    for stop in (1, 2):  # at which renaming
+        moves = []
+
+        def interrupted(path: Path, target: Path) -> None:
+            moves.append(target)
+            if len(moves) == stop:
+                raise KeyboardInterrupt
+            rename(path, target)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, "rename", interrupted)
+            renew("b.png")
+        assert pictures(tmp_path) == ["overlays/a.png"]
+    folder.rename(tmp_path / "overlays.old")  # as kill -9 leaves it
+    with pytest.raises(ValueError), report.new_folder(folder):
+        raise ValueError
+    assert pictures(tmp_path) == ["overlays/a.png"]
+    renew("c.png")
+    assert pictures(tmp_path) == ["overlays/c.png"] and len([*tmp_path.iterdir()]) == 1
 
 
 def test_what_cannot_be_evaluated(run, model, tiny_demo, run_script, tmp_path):

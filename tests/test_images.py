@@ -1,5 +1,7 @@
 """Images: decoding, resizing, keeping."""
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 from conftest import put
@@ -30,6 +32,10 @@ def test_every_mode_becomes_rgb(tmp_path):
     between = np.uint16([[385, 386], [65150, 65535]])  # 1.498, 1.502 and 253.502 times 257
     rounded = np.asarray(read_image(put(tmp_path / "deep.png", between)))[..., 0]
     assert rounded.tolist() == [[1, 2], [254, 255]]
+    for value in (65536, -1):
+        path = put(tmp_path / "wide.tiff", np.full((4, 4), value, np.int32))
+        with pytest.raises(DataError, match="wide.tiff: has values beyond 0 to 65535; save it"):
+            read_image(path)
     red = put(tmp_path / "cmyk.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0)), quality=95)
     assert np.abs(np.asarray(read_image(red)).astype(int) - [255, 0, 0]).max() < 40
 
@@ -75,6 +81,15 @@ def test_image_cache_is_bounded_and_right(tmp_path):
     framed = np.pad(np.full((8, 8), 255, np.uint8), 4)
     zoomed = Images([put(tmp_path / "framed.png", framed)], (4, 4), zoom=2)
     assert zoomed[0].shape == (3, 4, 4) and zoomed[0].min() > 100  # the centre without the frame
+
+
+def test_bad_images_are_read_once(tmp_path, monkeypatch):
+    paths = [put(tmp_path / f"{i:02}.png", b"" if i else RAMP) for i in range(20)]
+    images, read = Images(paths, (8, 8), skip_bad=True), Mock(side_effect=read_image)
+    monkeypatch.setattr("support.images.read_image", read)
+    for i in range(20):
+        assert images[i].any()
+    assert read.call_count == 20
 
 
 def test_photograph_crops():

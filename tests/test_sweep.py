@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -94,6 +95,13 @@ def test_collection_from_training_to_summary(loco, run_script, tmp_path):
     assert table in out and "| mean of these 2 |" in table and "±" in table
     assert not list(tmp_path.rglob("*.unfinished*"))
 
+    (tmp_path / "loco").rename(tmp_path / "moved")
+    (runs / "pushpins-small-seed1/results.json").unlink()
+    status, out, err = run_script(*evaluation, "--data", "moved/screw_bag/train")
+    assert status == 1 and "Traceback" not in err and "failed: pushpins-small-seed1: " in out
+    status, out, err = run_script(*evaluation, "--data", "moved")
+    assert status == 0 and read(runs / "pushpins-small-seed1/results.json")["own_data"], err
+
 
 def test_runs_begun_in_another_place(tmp_path):
     """The project and the data may have moved; another teacher is another run."""
@@ -102,6 +110,17 @@ def test_runs_begun_in_another_place(tmp_path):
     assert sweep.changed_options(job, known) == []
     (found,) = sweep.changed_options(job, known | {"teacher": "/gone/weights/other.pt"})
     assert found.startswith("--teacher /gone/weights/other.pt, not ")
+
+
+def test_a_run_that_fails_is_one_line(loco, run_script, tmp_path, monkeypatch):
+    """A teacher in a model's place; too little memory."""
+    command = ("tools.sweep", "--data", loco, *STEP)
+    torch.save({"0.weight": 1}, put(tmp_path / "runs/loco/pushpins-small/model.pt", b""))
+    monkeypatch.setattr(train, "train", Mock(side_effect=MemoryError))
+    status, _, err = run_script(*command)
+    assert status == 1 and "Traceback" not in err
+    assert "pushpins-small/model.pt: not of a run of this program; move it away" in err
+    assert "screw_bag-small: failed: too little memory; take smaller images or batches" in err
 
 
 def test_minutes_count_for_each_run(loco, run_script, monkeypatch):
@@ -226,8 +245,12 @@ def test_bad_options_get_one_line(loco, run_script, tmp_path):
         (("--data", loco, "--resume", "x"), "--resume belongs to"),
     ):
         assert_refused(run_script("tools.sweep", *STEP, *case), message)
-    assert_refused(run_script("tools.sweep", "--evaluate", "x", "--data", loco), "only --tiff")
-    assert_refused(run_script("tools.sweep", "--evaluate", "x", "--accept", "y"), "only --tiff")
+    assert_refused(
+        run_script("tools.sweep", "--evaluate", "x", "--seeds", 1), "only --data, --tiff"
+    )
+    assert_refused(
+        run_script("tools.sweep", "--evaluate", "x", "--accept", "y"), "only --data, --t"
+    )
     assert_refused(run_script("tools.sweep", "--evaluate", "."), ".: has no runs in it")
     assert not list(tmp_path.iterdir())
 
@@ -290,11 +313,14 @@ def test_ablation_without_images_that_cannot_be_read(loco, model, tmp_path):
     info = {"data": str(tmp_path / "pushpins"), "seed": 0, "p_hard": 0}
     info["pretraining_images"] = "none"
     model.training_info = info | {"skip_bad_images": True}
-    entries = sweep.ablation_scores(model)
+    entries = sweep.ablation_scores(model, info["data"])
     assert [entry["quantiles"] for entry in entries] == [(), (0.9, 0.995)]
+    put(tmp_path / "pushpins/test/good/bad.png", b"")  # no option leaves that out
+    with pytest.raises(DataError, match="good/bad.png: not an image .* or save it again$"):
+        sweep.ablation_scores(model, info["data"])
     model.training_info = info
     with pytest.raises(DataError, match="bad.png: not an image"):
-        sweep.ablation_scores(model)
+        sweep.ablation_scores(model, info["data"])
 
 
 def test_every_row_has_its_training():

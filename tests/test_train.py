@@ -152,7 +152,10 @@ def test_photos_that_change_while_a_run_is_interrupted(command, run_script, tmp_
     result = run_script("train.py", "--resume", "o")
     assert_refused(result, "photos: has other images than when the run began; put them back")
     (tmp_path / "photos/9.png").rename(tmp_path / "photos/0.png")
-    assert run_script("train.py", "--resume", "o")[0] == 0
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    resume = ("train.py", "--resume", "o", "--pretraining-images")
+    assert_refused(run_script(*resume, "none"), "none: has other images than when the run began")
+    assert run_script(*resume, "moved")[0] == 0
     assert f"photos/{order[0]}.png" in (tmp_path / "o/skipped.txt").read_text()
     assert equal_states(tmp_path / "whole/model.pt", tmp_path / "o/model.pt")
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "o")

@@ -226,6 +226,8 @@ def test_steps_until(monkeypatch):
         assert steps_until(end, take_step, model, [image] * images) == steps
     with pytest.raises(ModelError, match="leave time for 41 steps; give more --minutes"):
         steps_until(now[0] + 70, take_step, model, [image])
+    with pytest.raises(ModelError, match="leave time for 0 steps; give more --minutes"):
+        steps_until(now[0] - 1, None, model, [image])  # without measuring
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")

@@ -20,7 +20,6 @@ import ctypes
 import gc
 import importlib.metadata
 import itertools
-import json
 import os
 import platform
 import re
@@ -49,12 +48,12 @@ from support.fast import DTYPES, PRECISIONS, choose_precision, has_bf16
 from support.images import DataError, Images, read_image
 from support.metrics import Localization, image_auroc
 from support.options import OptionError, option, parse_options, pick_device
-from support.runs import run_command, write
+from support.runs import run_command
 from support.scoring import fast_form
 from support.training import one_by_one, prepare_torch
 from tools.benchmark_rows import FP32, HALF, ROWS, kernel_cases, our_step, plain_step
 from tools.benchmark_tables import section, show
-from tools.first_gpu import ROOT, first_gpu
+from tools.first_gpu import ROOT, first_gpu, save
 
 USAGE = "python -m tools.benchmark [options]"
 SHARED_STEM = "EfficientAD-S, shared stem"  # recipe short's
@@ -318,6 +317,7 @@ def accuracy_section(run: Path, device: torch.device, precision: str) -> dict:
     if good.all() or not good.any():
         raise DataError(f"{category.root}: --accuracy needs good and defective test images")
     images = Images([sample.path for sample in category.test], model.image_size, cache_bytes=0)
+    images.remedy = ""
     maps, scores, errors = {name: [] for name in forms}, {name: [] for name in forms}, []
     for x in one_by_one(images, device, "images"):
         for name, form in forms.items():
@@ -405,7 +405,7 @@ def main(argv: list[str] | None = None) -> None:
     command = shlex.join(["python", "-m", "tools.benchmark", *argv])
     results = {"command": command, **environment(device)}
     if options.first_gpu:
-        write(Path(options.json), json.dumps(results))
+        save(Path(options.json), results)
         results = first_gpu(Path(options.json), SECTIONS, scope, device, options.minutes)
     elif options.accuracy:
         results |= accuracy_section(Path(options.accuracy), device, options.precision)
@@ -414,7 +414,7 @@ def main(argv: list[str] | None = None) -> None:
             results |= SECTIONS[name](scope, device)
     print(section(results))
     if options.json:
-        write(Path(options.json), json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        save(Path(options.json), results)
 
 
 if __name__ == "__main__":

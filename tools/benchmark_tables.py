@@ -1,6 +1,7 @@
 """Figures as Markdown tables and as a picture: those of tools.benchmark, and docs/results.md's
 curve."""
 
+import io
 import json
 import math
 from importlib.util import find_spec
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from support import report
 from support.images import DataError
+from support.runs import write
 
 
 def text(value: object, digits: int = 3) -> str:
@@ -76,5 +78,7 @@ def plot(points: list[tuple], costs: bool, path: Path) -> None:
         else:
             axes.set(xlabel="minutes", ylabel=f"{panel}, percent")
         axes.legend()
+    picture = io.BytesIO()
     with rc_context({"svg.hashsalt": "", "svg.fonttype": "none"}):
-        figure.savefig(path, format="svg", metadata={"Date": None})
+        figure.savefig(picture, format="svg", metadata={"Date": None})
+    write(path, picture.getvalue())

@@ -36,11 +36,11 @@ from support.backbone import (
 )
 from support.checkpoints import all_finite, filling, load_teacher, read_checkpoint, write_checkpoint
 from support.fast import has_bf16
-from support.images import DataError, list_images, read_image
-from support.optimizers import cosine, kernels_of, make_optimizers, set_rate
+from support.images import DataError, in_threads, list_images, read_image
+from support.optimizers import cosine, make_optimizers, matrices_of, set_rate
 from support.options import OptionError, option, parse_options, pick_device
 from support.runs import Interrupt, Log, LossCheck, fingerprint, lock, remove_leftovers, run_command
-from support.training import in_threads, permutation, prepare_torch
+from support.training import permutation, prepare_torch
 
 USAGE = "python -m tools.distill --images DIR [DIR ...] [options]"
 # What torchrun says: number and count of the processes, of all and of this host.
@@ -71,7 +71,9 @@ class Options:
     optimizer: str = option("adam", "muon: for all layers but the first", choices=["adam", "muon"])
     schedule: str = option("constant", "how the learning rate goes", choices=["constant", "cosine"])
     image_size: int = option(256, "the PDN's input; the backbone sees twice that")
-    interior: bool = option(False, "learn where a patch lies within the image: no zero padding")
+    interior: bool = option(
+        False, "loss only where the 33×33 patch lies inside the view: no padding"
+    )
     crops: list[float] | None = option(
         None, "random crops of this share of a photo, with flips", nargs=2, metavar=("MIN", "MAX")
     )
@@ -213,7 +215,7 @@ class Distillation:
         if options.start and not (options.resume and self.state_file.exists()):
             load_teacher(self.pdn, options.size, options.start)
         self.pdn.to(device, memory_format=torch.channels_last)
-        matrices = kernels_of(self.pdn) if options.optimizer == "muon" else []
+        matrices = matrices_of(self.pdn) if options.optimizer == "muon" else []
         self.optimizers = make_optimizers(self.pdn.parameters(), options.lr, matrices, options.lr)
         constants = (IMAGENET_MEAN, IMAGENET_STD)  # copied once: a copy in each step would wait
         self.imagenet = [torch.tensor(v, device=device).view(1, 3, 1, 1) for v in constants]
@@ -258,14 +260,14 @@ class Distillation:
     def restore(self, state: dict) -> None:
         """Go on where the interrupted run was. Raises ModelError or DataError if it was another."""
         file = self.state_file
-        if {"start": None} | state.get("options", {}) != self.options.saved():
+        if state.get("options") != self.options.saved():
             remedy = "repeat the command that made it, with --resume"
             raise ModelError(f"{file}: made with other options; {remedy}")
         if state.get("photos") != self.photos:
             changed = f"{self.options.images[0]}: other photos than when the run began"
             raise DataError(f"{changed}; put them back, or remove {file}")
         with filling(f"{file}: damaged; remove it and start again"):
-            self.step, self.seconds = state["step"], state.get("seconds", 0.0)
+            self.step, self.seconds = state["step"], state["seconds"]
             self.mean, self.std = (state[name].to(self.device) for name in ("mean", "std"))
             self.pdn.load_state_dict(state["pdn"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):

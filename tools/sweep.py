@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 import evaluate
 import train
@@ -29,7 +30,7 @@ from baselines import simplenet
 from efficientad import EfficientAD, ModelError
 from support import data
 from support.calibration import fit_gaussian
-from support.checkpoints import is_url, read_checkpoint
+from support.checkpoints import filling, is_url, out_of_memory, read_checkpoint
 from support.images import DataError, Images
 from support.metrics import image_metrics
 from support.options import OptionError, RunOptions, make_parser, option, parse_options
@@ -69,7 +70,9 @@ def failures(failed: dict[str, str], run: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, (DataError, ModelError, OSError)):
+        if out_of_memory(error):
+            error = "too little memory; take smaller images or batches, or another --device"
+        elif not isinstance(error, (DataError, ModelError, OSError)):
             traceback.print_exc()
         print(f"tools.sweep: {run}: failed: {error}", file=sys.stderr)
         failed[run.name] = str(error)
@@ -136,7 +139,8 @@ def train_run(job: RunOptions, train: Callable[[RunOptions], Path]) -> None:
     if not path.exists():
         train(job)
         return
-    found = "; ".join(changed_options(job, read_checkpoint(path)[key]))
+    with filling(f"{path}: not of a run of this program; move it away"):
+        found = "; ".join(changed_options(job, read_checkpoint(path)[key]))
     if found:
         remedy = "choose another --out, or move this run away"
         raise DataError(f"was begun with other options: {found}; {remedy}")
@@ -146,6 +150,8 @@ def train_run(job: RunOptions, train: Callable[[RunOptions], Path]) -> None:
         print(f"{job.out}: interrupted, goes on", file=sys.stderr)
         options = ["--resume", job.out, "--device", job.device, "--data", job.data]
         options += ["--skip-bad-images"] * job.skip_bad_images
+        if photos := getattr(job, "pretraining_images", None):
+            options += ["--pretraining-images", photos]
         threads = torch.get_num_threads()  # a resumed run takes as many as it began with
         try:
             train(parse_options(type(job), USAGE, options))
@@ -176,6 +182,15 @@ def train_all(jobs: list[RunOptions], train: Callable[[RunOptions], Path]) -> No
 # ------------------------------------------------------------------------------------ evaluation
 
 
+def place_of(model: nn.Module, options: evaluate.Options) -> str | None:
+    """Where a model's category lies now, by --data: that, or the folder of its name in it."""
+    known, name = data.list_categories(options.data or "demo"), model.training_info.get("category")
+    found = [str(path) for path in known if path.name == name]
+    if known and not found:
+        raise DataError(f"{options.data}: has no category {name}, which the model was trained on")
+    return found[0] if found else options.data
+
+
 def results_of(run: Path, options: evaluate.Options) -> dict:
     """A run's results.json. The run is evaluated first, unless it has one that is whole, newer than
     the model, and of the data that it was trained on."""
@@ -189,19 +204,21 @@ def results_of(run: Path, options: evaluate.Options) -> dict:
     print(f"{run}:", file=sys.stderr)
     with lock(run / ".lock"):
         remove_leftovers(run)
-        return evaluate.evaluate(run, evaluate.load_run(run, options.device), options)
+        model = evaluate.load_run(run, options.device)
+        return evaluate.evaluate(run, model, replace(options, data=place_of(model, options)))
 
 
 @torch.no_grad()
-def ablation_scores(model: EfficientAD) -> list[dict]:
+def ablation_scores(model: EfficientAD, place: str) -> list[dict]:
     """Image AU-ROC of a run under each map normalization that tables 3 to 5 want of it: the same
-    weights, calibrated anew on its validation images."""
+    weights, calibrated anew on its validation images. `place`: its category's folder."""
     info, size, device = model.training_info, model.image_size, model.threshold.device
     skip_bad = info.get("skip_bad_images", False)
-    normal = data.load_normal_images(info["data"], size, info["seed"], skip_bad)
+    normal = data.load_normal_images(place, size, info["seed"], skip_bad)
     tests, loco = normal.category.test, normal.category.layout == "loco"
 
     test_images = Images([test.path for test in tests], size, cache_bytes=0)
+    test_images.remedy = ""
     validation, raw_maps = (
         [model.raw_maps(x) for x in one_by_one(images, device, "ablation")]
         for images in (normal.validation, test_images)
@@ -228,16 +245,18 @@ def evaluate_runs(folder: Path, options: evaluate.Options) -> None:
         raise DataError(f"{folder}: no such folder; --evaluate takes a folder of runs")
     results, failed = {}, {}
     for run in sorted(path for path in folder.glob("[!.]*") if path.is_dir()):
-        if (run / "model.pt").exists():
-            with failures(failed, run):
+        with failures(failed, run):
+            if (run / "model.pt").exists():
                 results[run] = results_of(run, options)
-        elif (run / "resume.pt").exists() or not holds_results(run):
-            failed[run.name] = "not trained to the end"
+            elif (run / "resume.pt").exists() or not holds_results(run):
+                failed[run.name] = "not trained to the end"
     wanted = results if is_ablation([*results.values()]) else {}
     for run, entry in wanted.items():
         if "ablation" not in entry and entry["training"]["p_hard"] is not None:
             with failures(failed, run), lock(run / ".lock"):
-                entry["ablation"] = ablation_scores(evaluate.load_run(run, options.device))
+                model = evaluate.load_run(run, options.device)
+                place = place_of(model, options) or model.training_info["data"]
+                entry["ablation"] = ablation_scores(model, place)
                 write(run / "results.json", json.dumps(entry, indent=1) + "\n")
     if not results and not failed:
         raise DataError(f"{folder}: has no runs in it")
@@ -268,9 +287,9 @@ def main(argv: list[str] | None = None) -> None:
     if sweep.evaluate is not None:
         options = parse_options(evaluate.Options, USAGE, rest)
         others = options.run, options.images, options.accept
-        if len(vars(known)) > 1 or any(value is not None for value in others):
-            parser.error("with --evaluate go only --tiff and --device")
-        evaluate_runs(Path(sweep.evaluate), options)
+        if vars(known).keys() - {"evaluate", "data"} or any(value is not None for value in others):
+            parser.error("with --evaluate go only --data, --tiff and --device")
+        evaluate_runs(Path(sweep.evaluate), replace(options, data=vars(known).get("data")))
         return
     model = MODELS[sweep.model]
     given = vars(make_parser(model.Options, USAGE).parse_args(rest))
