@@ -78,7 +78,8 @@ def fetch(url: str) -> Path:
 
 def check_sums(path: str | Path) -> None:
     """Raise BadZipFile if a part of the checkpoint differs from its check sum: torch.load does not
-    look at it. Files of earlier kinds, without one, pass."""
+    look at it. Files of earlier kinds, without one, pass; those of torch's set_crc32_options(False)
+    do not."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if part := archive.testzip():

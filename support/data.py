@@ -139,7 +139,7 @@ def open_category(data: str | Path) -> Category:
     if (root / "Data/Images/Normal").is_dir():
         return _open_visa(root, place.name)
     if (root / "train").is_dir():
-        for part in ("train", "validation", "test"):
+        for part in ("train", "validation", "test", "test_public"):
             for path in (root / part).glob("[!.]*"):
                 if path.suffix.lower() in SUFFIXES and path.is_file():
                     reason = f"belongs into a folder of {part}, such as {part}/good"

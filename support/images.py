@@ -66,10 +66,11 @@ def read_image(path: str | Path) -> Image.Image:
     image = open_image(path)
     if image.mode == "RGB":
         return image
-    values = np.asarray(image).astype(np.int64)  # convert would clip at 255
+    values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise DataError(f"{path}: has values beyond 0 to 65535; save it with 8 or 16 bits")
-    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    values = (values.astype(np.int32) * 255 + 32767) // 65535  # convert would clip at 255
+    return Image.fromarray(values.astype(np.uint8)).convert("RGB")
 
 
 def to_array(image: Image.Image, size: Size) -> np.ndarray:
@@ -97,16 +98,17 @@ def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
             folders.clear()
             continue
         entered.add(os.path.realpath(place))
-        folders[:] = sorted(name for name in folders if name[0] != ".")
+        folders[:] = sorted(name for name in folders if name[0] not in ".@")  # @eaDir: of a NAS
         for path in (os.path.join(place, name) for name in names if name[0] != "."):
             usable = os.path.isfile(path) or not os.path.exists(path)  # not a pipe
             suffix = os.path.splitext(path)[1].lower()
             if usable and suffix in SUFFIXES | UNREAD:
                 (paths if suffix in SUFFIXES else unread).append(Path(path))
+    pairs = {path.with_suffix("") for path in paths}  # a camera's raw files lie beside its JPEGs
     for path in () if recursive else (*paths, *unread):
         if path.parent != folder:
             raise DataError(f"{path}: lies in a folder within {folder}; move it up, or out of it")
-        if path in unread:
+        if path in unread and path.with_suffix("") not in pairs:
             raise DataError(f"{path}: of a kind that is not read; save it as .png, or remove it")
     if unread:
         what = f"{len(unread)} of another kind, such as {min(unread)}"
@@ -174,7 +176,7 @@ class Images:
     def check(self) -> None:
         """Decode all images once. With `skip_bad` the bad ones are named on stderr and taken out,
         and later no other one is. Raises DataError for one, or if none can be read."""
-        decoded = in_threads(self.decode, range(len(self)))
+        decoded = in_threads(self.decode, range(len(self)), 4)  # large photos take much memory
         for _ in tqdm(decoded, "decoding", len(self), unit="image"):
             pass
         self.errors = dict(sorted(self.errors.items()))

@@ -70,7 +70,8 @@ def parse_options(cls: type, usage: str, argv: list[str] | None = None) -> typin
         if isinstance(given.get("resume"), str):  # a run's folder
             moved = {"data", "pretraining_images"}
             if given.keys() - {"resume", "device", "skip_bad_images"} - moved:
-                reason = "with it go --device, --skip-bad-images and, if they moved, the data"
+                reason = "with it go --device, --skip-bad-images and, if they moved, --data and"
+                reason += " --pretraining-images"
                 raise OptionError(f"--resume takes its options from the run; {reason}")
             given = {**saved_options(Path(given["resume"]), cls), **given}
         return cls(**given)

@@ -152,7 +152,7 @@ def new_folder(old: Path) -> Iterator[Path]:
     """A folder that takes the place of `old` at the end; after an error that one stays. A link
     stays too: the folder that it names is replaced."""
     old = old.resolve()
-    new, former = old.with_name(f"{old.name}.new"), old.with_name(f"{old.name}.old")
+    new, former = old.with_name(f"{old.name}.new"), old.with_name(f".{old.name}.old")
 
     def tidy() -> None:
         if former.exists() and not old.exists():  # the end came between the two renamings

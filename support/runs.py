@@ -242,7 +242,8 @@ def check_free(options: RunOptions) -> None:
         raise DataError(f"{folder}: exists; {remedy}")
     place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not os.access(place, os.W_OK):
-        raise DataError(f"{place}: cannot be written; name another folder with --out")
+        remedy = "make it writable" if options.resume else "name another folder with --out"
+        raise DataError(f"{place}: cannot be written; {remedy}")
 
 
 def absolute(option: str, value: object) -> object:
@@ -287,7 +288,8 @@ class Run:
             return
         path, state = self.folder / "resume.pt", self.state
         with filling(f"{path}: damaged, or of another model; start the run again"):
-            before = state["files"]
+            before = {"pretraining_images": state["options"].get("pretraining_images")}
+            before |= state["files"]  # earlier versions had only folders there
             changed = [name for name, files in self.files.items() if files != before.get(name)]
             if not changed:
                 model.load_state_dict(state["model"])

@@ -234,7 +234,7 @@ def test_pictures_are_replaced_whole(tmp_path, monkeypatch):
             patch.setattr(Path, "rename", interrupted)
             renew("b.png")
         assert pictures(tmp_path) == ["overlays/a.png"]
-    folder.rename(tmp_path / "overlays.old")  # as kill -9 leaves it
+    folder.rename(tmp_path / ".overlays.old")  # as kill -9 leaves it
     with pytest.raises(ValueError), report.new_folder(folder):
         raise ValueError
     assert pictures(tmp_path) == ["overlays/a.png"]

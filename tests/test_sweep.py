@@ -97,8 +97,9 @@ def test_collection_from_training_to_summary(loco, run_script, tmp_path):
 
     (tmp_path / "loco").rename(tmp_path / "moved")
     (runs / "pushpins-small-seed1/results.json").unlink()
-    status, out, err = run_script(*evaluation, "--data", "moved/screw_bag/train")
-    assert status == 1 and "Traceback" not in err and "failed: pushpins-small-seed1: " in out
+    status, out, err = run_script(*evaluation, "--data", "moved/screw_bag")
+    assert status == 1 and "Traceback" not in err and not list(runs.glob("*/on-*"))
+    assert "failed: pushpins-small-seed1: moved/screw_bag: neither is nor holds the set push" in out
     status, out, err = run_script(*evaluation, "--data", "moved")
     assert status == 0 and read(runs / "pushpins-small-seed1/results.json")["own_data"], err
 
@@ -116,11 +117,14 @@ def test_a_run_that_fails_is_one_line(loco, run_script, tmp_path, monkeypatch):
     """A teacher in a model's place; too little memory."""
     command = ("tools.sweep", "--data", loco, *STEP)
     torch.save({"0.weight": 1}, put(tmp_path / "runs/loco/pushpins-small/model.pt", b""))
+    put(tmp_path / "runs/loco/screw_bag-small-seed0/model.pt", b"junk")
     monkeypatch.setattr(train, "train", Mock(side_effect=MemoryError))
     status, _, err = run_script(*command)
     assert status == 1 and "Traceback" not in err
     assert "pushpins-small/model.pt: not of a run of this program; move it away" in err
     assert "screw_bag-small: failed: too little memory; take smaller images or batches" in err
+    status, _, err = run_script(*command, "--seeds", 0)
+    assert "screw_bag-small-seed0/model.pt: not a readable checkpoint" in err
 
 
 def test_minutes_count_for_each_run(loco, run_script, monkeypatch):

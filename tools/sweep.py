@@ -39,7 +39,7 @@ from support.runs import PATH_OPTIONS, holds_results, lock, remove_leftovers, ru
 from support.training import one_by_one
 from tools.summary import cells, is_ablation, normalizations, summarize
 
-USAGE = "python -m tools.sweep --data DIR [options of the training] | --evaluate DIR [--tiff]"
+USAGE = "python -m tools.sweep --data DIR [training options] | --evaluate DIR [--data DIR] [--tiff]"
 MODELS = {"efficientad": train, "simplenet": simplenet}
 ABLATION = {  # the distinct trainings behind tables 3 to 5, by the name of the run
     "default": {},
@@ -139,8 +139,9 @@ def train_run(job: RunOptions, train: Callable[[RunOptions], Path]) -> None:
     if not path.exists():
         train(job)
         return
+    saved = read_checkpoint(path)
     with filling(f"{path}: not of a run of this program; move it away"):
-        found = "; ".join(changed_options(job, read_checkpoint(path)[key]))
+        found = "; ".join(changed_options(job, saved[key]))
     if found:
         remedy = "choose another --out, or move this run away"
         raise DataError(f"was begun with other options: {found}; {remedy}")
@@ -182,13 +183,17 @@ def train_all(jobs: list[RunOptions], train: Callable[[RunOptions], Path]) -> No
 # ------------------------------------------------------------------------------------ evaluation
 
 
-def place_of(model: nn.Module, options: evaluate.Options) -> str | None:
-    """Where a model's category lies now, by --data: that, or the folder of its name in it."""
-    known, name = data.list_categories(options.data or "demo"), model.training_info.get("category")
+def place_of(run: Path, model: nn.Module, options: evaluate.Options) -> str | None:
+    """Where a run's category lies now, by --data: that, or the folder of its name in it."""
+    if options.data is None:
+        return None
+    known, name = data.list_categories(options.data), model.training_info.get("category")
     found = [str(path) for path in known if path.name == name]
-    if known and not found:
-        raise DataError(f"{options.data}: has no category {name}, which the model was trained on")
-    return found[0] if found else options.data
+    place = found[0] if found else options.data
+    own = not known or found
+    if not own or not evaluate.find_tests(run, model, replace(options, data=place))[2]:
+        raise DataError(f"{place}: neither is nor holds the set {name} that was trained on")
+    return place
 
 
 def results_of(run: Path, options: evaluate.Options) -> dict:
@@ -205,7 +210,7 @@ def results_of(run: Path, options: evaluate.Options) -> dict:
     with lock(run / ".lock"):
         remove_leftovers(run)
         model = evaluate.load_run(run, options.device)
-        return evaluate.evaluate(run, model, replace(options, data=place_of(model, options)))
+        return evaluate.evaluate(run, model, replace(options, data=place_of(run, model, options)))
 
 
 @torch.no_grad()
@@ -255,7 +260,7 @@ def evaluate_runs(folder: Path, options: evaluate.Options) -> None:
         if "ablation" not in entry and entry["training"]["p_hard"] is not None:
             with failures(failed, run), lock(run / ".lock"):
                 model = evaluate.load_run(run, options.device)
-                place = place_of(model, options) or model.training_info["data"]
+                place = place_of(run, model, options) or model.training_info["data"]
                 entry["ablation"] = ablation_scores(model, place)
                 write(run / "results.json", json.dumps(entry, indent=1) + "\n")
     if not results and not failed:
