@@ -1,14 +1,14 @@
 """EfficientAD: accurate visual anomaly detection at millisecond-level latencies.
 
 Batzner, Heckler, König, WACV 2024, arXiv 2303.14535. This file says what is computed, in the
-paper's words, and needs torch alone: copy it into your project.
+paper's words, and needs torch (from 2.7 on) alone: copy it into your project.
 
     model = EfficientAD(size="small", image_size=(256, 256))
     model.teacher.load_state_dict(torch.load("weights/teacher_small.pt"))
     model.fit_teacher_statistics(batches)                    # normal images, N×3×256×256
     losses = model.losses(images, augmented, pretraining)    # I, J and P, each N×3×256×256
-    sum(losses.values()).backward()
-    model.calibrate(validation_batches)                      # normal images held out of training
+    sum(losses.values()).backward()                          # then Adam: lr 1e-4, weight decay 1e-5
+    model.calibrate(validation_batches)                      # held out; switches to eval mode
     model.save("model.pt")
 
     model = EfficientAD.load("model.pt")

@@ -227,6 +227,8 @@ class SimpleNet(nn.Module):
     def checkpoint(self) -> dict:
         """What `save` writes: config, training_info and state. The backbone is in it, its
         convolutions in half precision (50 MB for wide_resnet50_2)."""
+        if self.graphs is not None:
+            raise TypeError("the fast form is for inference: save its model")
         checkpoint = EfficientAD.checkpoint(self)
         for name, tensor in self.patch_features.state_dict(prefix="patch_features.").items():
             if tensor.ndim == 4:

@@ -96,6 +96,7 @@ class FastEfficientAD(TiledEfficientAD):
         if small:
             self.autoencoder = int8.Centred(self.autoencoder, self.mean, self.dtype)
         self.passes = BatchGraphs(self.forward_pass, self.image_size, device, batch_sizes)
+        self._apply = self.refuse  # .to(device) and the like
 
     @cached_property
     def predictions(self) -> BatchGraphs:
@@ -213,9 +214,10 @@ class FastEfficientAD(TiledEfficientAD):
         return dict(zip(MAPS, results[:3])), dict(zip(MAPS, results[3:]))
 
     def refuse(self, *_) -> None:
-        raise TypeError("the fast form is for inference: train, calibrate and save its model")
+        raise TypeError("the fast form is for inference, where it was made: use its model instead")
 
-    losses = calibrate = checkpoint = refuse
+    # graphs, and weights that oneDNN has laid out, can neither be copied nor moved
+    losses = calibrate = checkpoint = __deepcopy__ = __reduce_ex__ = refuse
 
 
 class ConvReLU(nn.Module):

@@ -170,7 +170,7 @@ class BatchGraphs:
         """Nothing waits; an earlier call's work is over when this one's begins."""
         buffer, graph = self.graphs.get(len(images), (None, None))
         if graph is None or images.dtype != buffer.dtype or images.shape != buffer.shape:
-            return self.function(images)
+            return self.function(images.to(self.device))
         if images.is_cuda or images.is_pinned():  # a camera may refill its own pinned memory
             buffer.copy_(images)
         else:

@@ -1,6 +1,8 @@
 """Images: files read with care, resized, kept in memory. Knows no data set and no model."""
 
+import contextlib
 import os
+import struct
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -38,6 +40,10 @@ def open_image(path: str | Path, black: bool = False) -> Image.Image:
                 raise DataError(f"{path}: holds {image.n_frames} images; save the one to use alone")
             if image.mode == "F":
                 raise DataError(f"{path}: floating-point image; save it with 8 or 16 bits")
+            image.load()
+            with contextlib.suppress(SyntaxError, ValueError, struct.error):
+                image.getexif()  # if it is damaged, it tells no orientation
+            image.info.pop("exif", None)  # Pillow would write it anew, and fail at odd tags
             image = ImageOps.exif_transpose(image)
             if black and image.has_transparency_data:
                 image = image.convert("RGBA")
@@ -104,7 +110,7 @@ def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
             suffix = os.path.splitext(path)[1].lower()
             if usable and suffix in SUFFIXES | UNREAD:
                 (paths if suffix in SUFFIXES else unread).append(Path(path))
-    pairs = {path.with_suffix("") for path in paths}  # a camera's raw files lie beside its JPEGs
+    pairs = set() if recursive else {path.with_suffix("") for path in paths}  # raw and JPEG
     for path in () if recursive else (*paths, *unread):
         if path.parent != folder:
             raise DataError(f"{path}: lies in a folder within {folder}; move it up, or out of it")

@@ -91,7 +91,8 @@ def test_resumed_equals_uninterrupted(more, photos, run_script, tmp_path, interr
     assert_refused(run_script(*resume), "photos: other photos than when the run began; put them")
     # as a killed process leaves it
     (tmp_path / "photos/new.png").rename(tmp_path / "cut.pt.unfinished1")
-    assert run_script(*resume)[0] == 0
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    assert run_script(*resume, "--images", "moved")[0] == 0
     assert same(tmp_path / "whole.pt", tmp_path / "cut.pt")
     assert log_of(tmp_path / "cut.jsonl")[-1]["seconds"] > 1000  # of all steps
     assert not list(tmp_path.glob("cut.pt.*"))
@@ -153,6 +154,8 @@ def test_views(photos, tmp_path):
     kept, read = (views_of(tmp_path / "photos", crops=[0.2, 0.9], cache_gib=g) for g in (8.0, 0.0))
     in_turn = [kept[i] for i in range(12)]
     assert len(kept.decoded) == 6 and not read.decoded
+    once = views_of(tmp_path / "photos", steps=1)  # each photo is seen once
+    assert len([once[i] for i in range(4)]) == 4 and not once.decoded
     batches = list(read.batches(range(12), "views", slice(1, None, 2)))
     assert [len(small) for small, _ in batches] == [2, 2, 2]  # every second one of each 4
     by_threads = [view for batch in batches for view in zip(*batch)]
@@ -160,6 +163,12 @@ def test_views(photos, tmp_path):
         assert np.array_equal(small, view[0]) and np.array_equal(large, view[1])
         half = large.double().unflatten(1, (32, 2)).unflatten(3, (32, 2)).mean((2, 4))
         assert small.dtype == torch.uint8 and (half - small).abs().mean() < 8  # the same part
+
+
+def test_photos_held_out_are_spread():
+    for n, count, last in ((39, 0, 0), (42, 2, 40), (2638, 64, 2520), (1_281_103, 64, 1_260_000)):
+        found = distill.held_out_of(list(range(n)))
+        assert len(found) == count and found[-1:] == [last] * (count > 0)
 
 
 def test_epochs(photos, tmp_path):

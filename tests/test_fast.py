@@ -1,5 +1,6 @@
 """support/fast.py and support/tiling.py: the same maps, sooner or in less memory; precision."""
 
+import copy
 from contextlib import contextmanager
 from functools import partial, wraps
 from types import SimpleNamespace
@@ -172,7 +173,8 @@ def test_fast_form_leaves_the_model_alone_and_refuses_what_it_cannot_do(demo_ima
         fast(image.float())
     with pytest.raises(ValueError, match="N×3×128×128"):
         fast(image[:, :, :96])
-    for forbidden in (fast.losses, fast.calibrate, lambda _: fast.save("m.pt")):
+    moves = (lambda _: fast.save("m.pt"), lambda _: copy.deepcopy(fast), lambda _: fast.to("meta"))
+    for forbidden in (fast.losses, fast.calibrate, *moves):
         with pytest.raises(TypeError, match="for inference"):
             forbidden(image)
     with pytest.raises(ValueError, match="'int4'"):
@@ -285,7 +287,8 @@ def test_graph_calls_take_turns_and_leave_the_callers_memory(pinned, monkeypatch
     passes.graphs, calls[:] = {}, []  # of another batch size
     passes.function = lambda images: calls.append(("pass", passes.turn.locked()))
     passes(Recorder("images", calls))
-    assert calls == [("stream", "wait_event"), ("pass", True), ("done", "record")]
+    order = [("stream", "wait_event"), ("images", "to"), ("pass", True), ("done", "record")]
+    assert calls == order
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")

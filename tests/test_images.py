@@ -55,6 +55,18 @@ def test_exif_orientation_is_applied(tmp_path):
     np.testing.assert_array_equal(image[..., 0], np.rot90(RAMP[:, :8], -1))
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_damaged_exif_is_ignored(tmp_path):
+    upright = Image.fromarray(RAMP[:, :8])
+    for content in (b"Exif\0\0junkjunk", b"Exif\0\0II*\0\xff\xff\xff\xff"):
+        path = put(tmp_path / "a.jpg", upright, exif=content, dpi=(72, 72))
+        assert read_image(path).size == (8, 16)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x9286] = 6, "text"
+    odd = exif.tobytes().replace(b"\x86\x92\x02", b"\x86\x92\x0c")  # text as a float
+    assert read_image(put(tmp_path / "b.jpg", upright, exif=odd)).size == (16, 8)
+
+
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_images_above_pillows_limit(tmp_path, monkeypatch):
     path = put(tmp_path / "bomb.png", RAMP)

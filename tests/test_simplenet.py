@@ -94,6 +94,8 @@ def test_fast_form_computes_the_same(precision, error, adaptor):
         assert a.dtype == torch.float32 and (a - b).norm() <= error * b.norm()
     assert not [m for m in fast.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
     assert isinstance(model.discriminator[1], nn.BatchNorm1d)  # the model itself is untouched
+    with pytest.raises(TypeError, match="for inference"):
+        fast.save("m.pt")
 
 
 def test_int8_is_not_for_it():

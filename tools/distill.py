@@ -9,6 +9,7 @@ them learns the same. The first one writes.
 """
 
 import dataclasses
+import datetime
 import glob
 import json
 import math
@@ -122,7 +123,7 @@ class Options:
 
     def saved(self) -> dict:
         """The options that decide what is learned."""
-        others = ("device", "resume", "out", "checkpoint_every", "cache_gib")
+        others = ("device", "resume", "out", "checkpoint_every", "cache_gib", "images")
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in others}
 
 
@@ -134,7 +135,8 @@ class Views:
 
     def __init__(self, paths: list[Path], options: Options):
         self.paths, self.options, self.decoded = paths, options, {}
-        self.room = options.cache_gib * 2**30 / LOCAL_WORLD
+        again = options.steps * options.batch_size > len(paths)  # else each is seen once
+        self.room = again * options.cache_gib * 2**30 / LOCAL_WORLD
 
     def photo(self, p: int) -> Image.Image:
         """Photo p, decoded; kept while there is room."""
@@ -183,9 +185,15 @@ class Views:
         return tqdm(prepared, name, steps.stop, initial=steps.start, disable=RANK > 0)
 
 
+def held_out_of(paths: list[Path]) -> list[Path]:
+    """The photos that measure the loss and are not learned: every 40th of 40 to 2,560, and of more
+    64, spread over all folders of a large set."""
+    every = 40 * max(1, len(paths) // 2560)
+    return paths[::every][:64] if len(paths) >= 40 else []
+
+
 class Distillation:
-    """A teacher in the making: photos, networks, optimizer, and the files of the run, locked. Every
-    40th photo, at most 64, is held out to measure the loss on photos that were not learned."""
+    """A teacher in the making: photos, networks, optimizer, and the files of the run, locked."""
 
     def __init__(self, options: Options):
         self.options, self.step, self.check = options, 0, LossCheck(options.out)
@@ -197,11 +205,12 @@ class Distillation:
             self.lock = lock(self.out.with_name(f".{self.out.name}.lock"))
             for path in (self.out, self.state_file, self.log_file):
                 remove_leftovers(self.out.parent, glob.escape(path.name))
-        paths = [path for root in options.images for path in list_images(root, recursive=True)]
-        self.photos, held_out = fingerprint(paths), paths[::40][:64] if len(paths) >= 40 else []
-        unseen = set(held_out)
+        found = [list_images(root, recursive=True) for root in options.images]
+        self.photos = [*map(fingerprint, found, options.images)]
+        paths = [path for part in found for path in part]
+        unseen = held_out_of(paths)
+        self.held_out, unseen = Views(unseen, options), set(unseen)
         self.views = Views([path for path in paths if path not in unseen], options)
-        self.held_out = Views(held_out, options)
 
         self.device = device = torch.device(options.device)
         self.features = nn.ModuleList()
@@ -271,7 +280,9 @@ class Distillation:
             self.mean, self.std = (state[name].to(self.device) for name in ("mean", "std"))
             self.pdn.load_state_dict(state["pdn"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
+                groups = optimizer.state_dict()["param_groups"]  # a rate on the GPU stays there
+                optimizer.load_state_dict({**saved, "param_groups": groups})
+            torch.set_num_threads(state["threads"])  # sums depend on it in their last bits
 
     def save(self) -> None:
         """Write FILE.resume: all that the later steps depend on. Raises ModelError if a loss or a
@@ -283,7 +294,8 @@ class Distillation:
         state = {"step": self.step, "options": self.options.saved(), "photos": self.photos}
         state |= {"mean": self.mean, "std": self.std, "pdn": self.pdn.state_dict()}
         state |= {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
-        write_checkpoint({**state, "seconds": self.elapsed()}, self.state_file)
+        state |= {"seconds": self.elapsed(), "threads": torch.get_num_threads()}
+        write_checkpoint(state, self.state_file)
 
     def elapsed(self) -> float:
         """Seconds of all steps so far, those before an interruption too."""
@@ -293,6 +305,12 @@ class Distillation:
         """The steps that are left. Ctrl-C saves the state and ends the process; under torchrun all
         processes end after the same step, the next one that is logged."""
         options, n = self.options, self.options.batch_size
+        if WORLD > 1:
+            seen = [None] * WORLD
+            dist.all_gather_object(seen, (str(self.photos), self.step))
+            if len(set(seen)) > 1:
+                differ = "the hosts see other photos, or another interrupted run"
+                raise DataError(f"{self.out}: {differ}; they take a common file system")
         network = nn.parallel.DistributedDataParallel(self.pdn) if WORLD > 1 else self.pdn
         left, own = range(self.step * n, options.steps * n), slice(RANK, None, WORLD)
         batches = self.views.batches(left, "distilling", own)
@@ -354,7 +372,8 @@ def main(argv: list[str] | None = None) -> None:
         cuda = options.device.startswith("cuda")
         if cuda:
             torch.cuda.set_device(options.device)
-        dist.init_process_group("nccl" if cuda else "gloo")
+        hour = datetime.timedelta(hours=1)  # listing and measuring photos may take long
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=hour)
     run = Distillation(options)
     run.begin()
     run.train()
