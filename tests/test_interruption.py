@@ -20,7 +20,7 @@ from support.checkpoints import read_checkpoint
 from support.runs import Log
 from tools import distill
 
-KILLS = int(os.environ.get("KILLS", 4))  # of each kind; KILLS=50 looks harder
+KILLS = int(os.environ.get("KILLS", 3))  # of each kind; KILLS=50 looks harder
 
 
 @pytest.fixture
