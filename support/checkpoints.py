@@ -20,6 +20,9 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     return bool(torch.stack([t.detach().isfinite().all() for t in tensors]).all())
 
 
+TOO_LITTLE_MEMORY = "too little memory; take smaller images or batches, or another --device"
+
+
 def out_of_memory(error: Exception) -> bool:
     """Whether an error, of torch or its libraries, says that memory is too small."""
     words = ("allocate memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from efficientad import ModelError
 from support.checkpoints import (
+    TOO_LITTLE_MEMORY,
     all_finite,
     filling,
     is_url,
@@ -56,8 +57,7 @@ def run_command(main: Callable[[], object], name: str) -> None:
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        remedy = "take smaller images or batches, or another --device"
-        print(f"{name}: too little memory; {remedy}", file=sys.stderr)
+        print(f"{name}: {TOO_LITTLE_MEMORY}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Images: decoding, resizing, keeping."""
 
+import time
 from unittest.mock import Mock
 
 import numpy as np
@@ -7,7 +8,15 @@ import pytest
 from conftest import put
 from PIL import Image
 
-from support.images import DataError, Images, PhotographCrops, open_image, read_image, to_array
+from support.images import (
+    DataError,
+    Images,
+    PhotographCrops,
+    in_threads,
+    open_image,
+    read_image,
+    to_array,
+)
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
@@ -102,6 +111,17 @@ def test_bad_images_are_read_once(tmp_path, monkeypatch):
     for i in range(20):
         assert images[i].any()
     assert read.call_count == 20
+
+
+def test_threads_keep_the_order():
+    def slowest_first(i: int) -> int:
+        time.sleep(0.02 if i % 4 == 0 else 0)
+        return i * i
+
+    assert list(in_threads(slowest_first, range(3, 30))) == [i * i for i in range(3, 30)]
+    assert list(in_threads(slowest_first, range(0))) == []
+    with pytest.raises(ZeroDivisionError):
+        list(in_threads(lambda i: 1 // (5 - i), range(9)))
 
 
 def test_photograph_crops():

@@ -23,7 +23,6 @@ from support.training import (
     Step,
     augment,
     draw,
-    in_threads,
     keep_teacher_outputs,
     known_losses,
     luma,
@@ -44,17 +43,6 @@ def test_every_epoch_visits_every_image_once():
     assert all(sorted(e) == [0, 1, 2, 3, 4] for e in epochs)
     assert len(set(map(tuple, epochs))) > 1
     assert shuffled(images, 1, 2, 0)[:, 0, 0, 0].tolist() == order[2:4]
-
-
-def test_threads_keep_the_order():
-    def slowest_first(i: int) -> int:
-        time.sleep(0.02 if i % 4 == 0 else 0)
-        return i * i
-
-    assert list(in_threads(slowest_first, range(3, 30))) == [i * i for i in range(3, 30)]
-    assert list(in_threads(slowest_first, range(0))) == []
-    with pytest.raises(ZeroDivisionError):
-        list(in_threads(lambda i: 1 // (5 - i), range(9)))
 
 
 @pytest.mark.parametrize("kind, name", [(0, "Brightness"), (1, "Contrast"), (2, "Color")])

@@ -30,7 +30,7 @@ from baselines import simplenet
 from efficientad import EfficientAD, ModelError
 from support import data
 from support.calibration import fit_gaussian
-from support.checkpoints import filling, is_url, out_of_memory, read_checkpoint
+from support.checkpoints import TOO_LITTLE_MEMORY, filling, is_url, out_of_memory, read_checkpoint
 from support.images import DataError, Images
 from support.metrics import image_metrics
 from support.options import OptionError, RunOptions, make_parser, option, parse_options
@@ -71,7 +71,7 @@ def failures(failed: dict[str, str], run: Path) -> Iterator[None]:
         yield
     except Exception as error:
         if out_of_memory(error):
-            error = "too little memory; take smaller images or batches, or another --device"
+            error = TOO_LITTLE_MEMORY
         elif not isinstance(error, (DataError, ModelError, OSError)):
             traceback.print_exc()
         print(f"tools.sweep: {run}: failed: {error}", file=sys.stderr)
