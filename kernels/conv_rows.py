@@ -5,7 +5,7 @@ Seen as a matrix of N·H·W rows (pixels) and C columns, an image needs no gathe
 at pixel m, window offset (ky, kx) reads row m + ky·W + kx, whatever m is. So a tile's left operand
 is a plain box of neighbouring rows, which the TMA copies into shared memory while tensor cores
 compute, and from where they read it. Outputs whose window would wrap around the image's edge are
-computed too (3 to 10 % more) and not stored.
+computed too (3 to 11 % more) and not stored.
 
 Teacher and student run in one launch: with `split`, the first `split` output channels read the
 first C channels of x, the others the C behind them. `conv_rows` adds bias and, if wanted, ReLU;

@@ -189,7 +189,7 @@ def _mvtec_test(root: Path, loco: bool) -> list[Sample]:
     if not place.is_dir():  # MVTec AD 2
         place, truth = root / "test_public", root / "test_public/ground_truth"
     folders = place.iterdir() if place.is_dir() else []
-    for folder in sorted(d for d in folders if d.is_dir() and d.name[0] != "." and d != truth):
+    for folder in sorted(d for d in folders if d.is_dir() and d.name[0] not in ".@" and d != truth):
         if folder.name == "overall":
             raise DataError(f"{folder}: the figures of all types have this name; rename the folder")
         if folder.name != "good" and folder.name.lower() in NORMAL:

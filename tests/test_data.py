@@ -143,8 +143,9 @@ def test_mvtec_layout(tmp_path):
         with pytest.raises(DataError, match=f"test/{name}: .*rename"):
             open_category(root)
         shutil.rmtree(root / f"test/{name}")
-    for name in ("001.cr2", "@eaDir/001.png/SYNOFILE_THUMB_M.jpg"):  # a camera's, a NAS's
-        put(root / "train/good" / name, b"")
+    of_nas = "@eaDir/001.png/SYNOFILE_THUMB_M.jpg"
+    for name in ("train/good/001.cr2", f"train/good/{of_nas}", f"test/{of_nas}"):
+        put(root / name, b"")
     assert len(open_category(root).train) == 20
     loose = save(root / "test/loose.png")
     with pytest.raises(
