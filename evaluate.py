@@ -30,7 +30,7 @@ from support.fast import PRECISIONS
 from support.images import DataError
 from support.options import OptionError, option, parse_options, pick_device, share
 from support.recalibration import recalibrate
-from support.runs import find_run, fingerprint, lock, remove_leftovers, run_command, write
+from support.runs import checksum, find_run, fingerprint, lock, remove_leftovers, run_command, write
 from support.scoring import fast_form, predict, read, read_back, resize, score_folder
 from support.tiling import TiledEfficientAD
 
@@ -163,6 +163,7 @@ def evaluate(run: Path, model: nn.Module, options: Options) -> dict:
     expected, bound = metrics.false_alarms(n) if n else (None, None)
     promise = {"expected_false_alarms": expected, "upper_bound_95": bound}
     results |= {"training": training, "floor": scale[0], "own_data": own_data}
+    results["model_checksum"] = checksum(run / "model.pt")
     results["calibration"] = {"validation_images": n, **promise}
     results["drift"] = drift(looks, known)
     seen = {*known.get("trained_on", []), *known.get("calibrated_on", [])}  # older models: none

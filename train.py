@@ -44,9 +44,7 @@ class Options(RunOptions):
     size: str = option("small", "EfficientAD-S or -M", choices=["small", "medium"])
     recipe: str | None = option(None, f"default short below {SHORT_STEPS} steps", choices=[*LR])
     steps: int | None = option(None, f"default {PAPER_STEPS}; {CPU_STEPS} without a GPU")
-    minutes: float | None = option(
-        None, "all done in so many, instead of --steps; default recipe short"
-    )
+    minutes: float | None = option(None, "all done in so many minutes; default recipe short")
     teacher: str | None = option(None, "default weights/teacher_SIZE.pt", metavar="FILE")
     pretraining_images: str | None = option(
         None, "photos for the penalty, or none; default crops of two photographs", metavar="DIR"

@@ -139,7 +139,7 @@ def conv_relu_pool(
     if x.dtype != weight.dtype or not bias.is_floating_point():
         dtypes = f"{x.dtype}, {weight.dtype} and {bias.dtype}"
         raise TypeError(f"x and weight must have one dtype, bias be floating point, got {dtypes}")
-    x, weight, bias = x.detach(), weight.detach(), bias.detach().to(x.dtype)
+    x, weight, bias = x.detach(), weight.detach(), bias.detach().to(x.dtype).contiguous()
     (o, c), groups = weight.shape[:2], 2 if split else 1
     fit = x.ndim == 4 and x.shape[1] == groups * c and weight.shape[2:] == (4, 4)
     fit = fit and bias.shape == (o,) and 0 <= split < o and split % 128 == 0
@@ -148,6 +148,7 @@ def conv_relu_pool(
     check_tensors(expected, fit, x=x, weight=weight, bias=bias)
     if not 0 <= padding <= 3 or pool_padding not in (0, 1):
         raise ValueError(f"need padding 0 to 3, pool_padding 0 or 1, got {padding}, {pool_padding}")
-    if min(x.shape[2:]) + 2 * (padding + pool_padding) < 5:
+    outputs = min(x.shape[2:]) + 2 * padding - 3
+    if outputs < 1 or outputs + 2 * pool_padding < 2:
         raise ValueError(f"x {tuple(x.shape)} is too small for a 4×4 window and a 2×2 pool")
     return op(x, weight, bias, padding, pool_padding, split)

@@ -208,7 +208,7 @@ def check(x: Tensor, weight: Tensor, bias: Tensor, split: int) -> tuple[Tensor, 
     expected = "x N×C×H×W (2·C if split), weight O×C×k×k, bias O, C a multiple of 64, O and split"
     tensors = {"x": x, "weight": weight, "bias": bias}
     check_tensors(f"{expected} of 128", fit and 0 <= split < o, **tensors)
-    return x.detach(), weight.detach(), bias.detach()
+    return x.detach(), weight.detach(), bias.detach().contiguous()
 
 
 def conv_rows(

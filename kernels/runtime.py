@@ -12,9 +12,8 @@ try:
     import triton
     import triton.language as tl
     from triton import jit
-    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # macOS, Windows
-    triton = TensorDescriptor = None
+    triton = None
 
     class tl:
         constexpr = None  # named in the kernels' signatures; their bodies never run
@@ -22,6 +21,11 @@ except ImportError:  # macOS, Windows
     def jit(function):
         return function
 
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # nor do early versions of Triton have it
+    TensorDescriptor = None
 
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU
 
@@ -52,7 +56,7 @@ def runs_on(*tensors: Tensor) -> bool:
 def has_tma(device: torch.device) -> bool:
     """Whether the GPU has a Tensor Memory Accelerator (TMA), which copies boxes of a matrix by
     itself (since Hopper, sm_90), and the 144 KiB of shared memory that conv_rows.py takes."""
-    if triton is None or INTERPRETED or device.type != "cuda":
+    if TensorDescriptor is None or INTERPRETED or device.type != "cuda":
         return INTERPRETED
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", 0)  # ROCm says none

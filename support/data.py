@@ -141,6 +141,9 @@ def open_category(data: str | Path) -> Category:
     if (root / "train").is_dir():
         for part in ("train", "validation", "test", "test_public"):
             for path in (root / part).glob("[!.]*"):
+                if path.is_dir() and path.name != "good" and path.name.lower() in NORMAL:
+                    reason = "the folder of normal images has the name good; rename it"
+                    raise DataError(f"{path}: {reason}")
                 if path.suffix.lower() in SUFFIXES and path.is_file():
                     reason = f"belongs into a folder of {part}, such as {part}/good"
                     raise DataError(f"{path}: {reason}, or out of it")
@@ -192,8 +195,6 @@ def _mvtec_test(root: Path, loco: bool) -> list[Sample]:
     for folder in sorted(d for d in folders if d.is_dir() and d.name[0] not in ".@" and d != truth):
         if folder.name == "overall":
             raise DataError(f"{folder}: the figures of all types have this name; rename the folder")
-        if folder.name != "good" and folder.name.lower() in NORMAL:
-            raise DataError(f"{folder}: the folder of normal images has the name good; rename it")
         files = (truth / folder.name).glob("[!.]*")
         known = {file.stem: file for file in files if file.suffix.lower() in MASKS}
         for path in list_images(folder):

@@ -147,7 +147,7 @@ class BatchGraphs:
             with torch.inference_mode(False):  # else it could only be written within that mode
                 buffer = torch.zeros(n, 3, *image_size, dtype=torch.uint8, device=device)
             self.graphs[n] = buffer, Graphed(partial(function, buffer), device)
-        with self.turn, cudnn_tunes(), torch.no_grad():
+        with self.turn, cudnn_tunes(), torch.no_grad(), self.own_precision():
             if self.graphs:  # earlier calls' work is over; a dropped model's graphs hold memory
                 torch.cuda.synchronize(device)
                 gc.collect()
@@ -157,14 +157,18 @@ class BatchGraphs:
 
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
         if self.done is None:
-            with torch.no_grad():
+            with torch.no_grad(), self.own_precision():
                 return self.function(images)
         current = torch.cuda.current_stream(self.device)
-        with self.turn, torch.no_grad():
+        with self.turn, torch.no_grad(), self.own_precision():
             current.wait_event(self.done)
             results = self.launch(images)
             self.done.record(current)
         return results
+
+    def own_precision(self) -> torch.autocast:
+        """The function's, whatever autocast the caller is in."""
+        return torch.autocast(self.device.type, enabled=False)
 
     def launch(self, images: Tensor) -> tuple[Tensor, ...]:
         """Nothing waits; an earlier call's work is over when this one's begins."""

@@ -49,7 +49,7 @@ def open_image(path: str | Path, black: bool = False) -> Image.Image:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
             return image if image.mode.startswith("I") else image.convert("RGB")
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except FileNotFoundError:
         reason = "no such file"

@@ -39,6 +39,7 @@ def make_parser(cls: type, usage: str) -> argparse.ArgumentParser:
         usage=usage,
         description=cls.__doc__.split("\n")[0],
         argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=100),
     )
     hints = typing.get_type_hints(cls)

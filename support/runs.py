@@ -126,6 +126,11 @@ def fingerprint(paths: list[Path], root: str | Path | None = None) -> int:
     return zlib.crc32("\n".join(names).encode(errors="surrogateescape"))
 
 
+def checksum(path: Path) -> int:
+    """Of a file's content."""
+    return zlib.crc32(path.read_bytes())
+
+
 class Log:
     """log.jsonl of a run that goes on with step `step`: what an interrupted run has logged of this
     and later steps goes; so does a line cut short."""

@@ -82,6 +82,7 @@ def test_conv_relu_pool_reads_any_layout_and_keeps_nan():
         assert torch.equal(kernels.conv_relu_pool(other, weight, bias.float()), y)
     weight = weight.to(memory_format=torch.channels_last)
     assert torch.equal(kernels.conv_relu_pool(x, weight, bias), y)
+    assert torch.equal(kernels.conv_relu_pool(x, weight, bias.repeat(2, 1).T[:, 0]), y)
     x[:, 0, 0, 0] = math.nan
     y = kernels.conv_relu_pool(x, weight, bias)
     assert y[:, :, 0, 0].isnan().all() and not y[:, :, 1:].isnan().any()
@@ -142,6 +143,7 @@ def test_conv_rows_reads_slices_and_keeps_nan():
         y = function(part, weight, bias)  # where it lies
         assert torch.equal(y, function(part.contiguous(), weight, bias))
         assert torch.equal(y, function(at_8_bytes(part), at_8_bytes(weight), bias))
+        assert torch.equal(y, function(part, weight, bias.repeat(2, 1).T[:, 0]))
     part[:, 0, 0, 0] = math.nan
     for relu in (False, True):
         y = kernels.conv_rows(part, weight, bias, 0, relu)

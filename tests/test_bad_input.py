@@ -141,6 +141,8 @@ def test_too_little_memory_is_no_damage(run_script, tiny_demo, interrupt_at, mon
         with monkeypatch.context() as patch:
             patch.setattr(place, too_little)
             assert_refused(run_script("train.py", "--resume", "r"), "train.py: too little memory")
+    monkeypatch.setattr("PIL.Image.Image.convert", Mock(side_effect=MemoryError))
+    assert_refused(run_script(*command[:-2], "--skip-bad-images"), "train.py: too little memory")
 
 
 def test_other_ends(capsys, monkeypatch):
@@ -196,7 +198,8 @@ def test_data_sets_that_cannot_be_trained_on(tmp_path, run_script, monkeypatch):
     put(tmp_path / "lonely/train/good/0.png")
     put(tmp_path / "scored/runs/own-small/overlays/0.png")
     put(tmp_path / "scored/0.png")
-    for name in "DAGM/Train/0 named/train/ok/0 marked/0 marked/0_GT mixed/OK/0 mixed/1".split():
+    names = "DAGM/Train/0 named/train/ok/0 unnamed/train/2/0 marked/0 marked/0_GT mixed/OK/0"
+    for name in [*names.split(), "mixed/1"]:
         put(tmp_path / f"{name}.png")
     (tmp_path / "bare/train/good").mkdir(parents=True)
     put(tmp_path / "file", b"mine")
@@ -211,7 +214,8 @@ def test_data_sets_that_cannot_be_trained_on(tmp_path, run_script, monkeypatch):
         (("--data", "mixed"), "mixed/OK/0.png: lies in a part of a data set"),
         (("--data", "marked"), "marked/0_GT.png: may be a mask of 0.png"),
         (("--data", "scored"), "overlays/0.png: lies in a part of a data set"),
-        (("--data", "named"), "named: its normal images belong into train/good"),
+        (("--data", "named"), "named/train/ok: the folder of normal images has the name good"),
+        (("--data", "unnamed"), "unnamed: its normal images belong into train/good"),
         (("--data", "bare"), "bare/train/good: no images"),
         (("--data", "lonely"), "lonely: only 1 normal image"),
         (("--data", "broken"), "2.png: not an image", "--skip-bad-images"),

@@ -52,6 +52,20 @@ def test_inference_and_training(tmp_path, monkeypatch, capsys):
     assert "batch size" in (tmp_path / "x.svg").read_text()
 
 
+def test_first_row_fails(monkeypatch):
+    """The others have no × and no error of their map, since those are against the first row."""
+
+    def too_large(model, images):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(ROWS, "eager fp32", (too_large, FP32))
+    model = benchmark.make_model("EfficientAD-S", torch.device("cpu"), 128)
+    images = benchmark.draw_images(1, 128, torch.device("cpu"))
+    first, half = benchmark.measure_rows(model, images, ("eager fp32", "eager half"), 0)
+    assert first == {"row": "eager fp32", "missing": "RuntimeError: out of memory"}
+    assert half["mean ms"] > 0 and not {"×", "map error"} & half.keys()
+
+
 def test_kernels_section_on_a_cpu(monkeypatch):
     """There kernels compute their references; the benchmark's own plain forms agree with them."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)

@@ -138,11 +138,11 @@ def test_mvtec_layout(tmp_path):
     assert (len(train), len(validation)) == (18, 2)
     assert sorted(train + validation) == category.train and category.split(0)[0] == train
     assert any(category.split(seed)[1] != validation for seed in range(1, 5))
-    for name in ("overall", "OK"):
-        save(root / f"test/{name}/000.png")
-        with pytest.raises(DataError, match=f"test/{name}: .*rename"):
+    for name in ("test/overall", "test/OK", "train/normal", "validation/ok"):
+        save(root / name / "000.png")
+        with pytest.raises(DataError, match=f"{name}: .*rename"):
             open_category(root)
-        shutil.rmtree(root / f"test/{name}")
+        shutil.rmtree(root / name)
     of_nas = "@eaDir/001.png/SYNOFILE_THUMB_M.jpg"
     for name in ("train/good/001.cr2", f"train/good/{of_nas}", f"test/{of_nas}"):
         put(root / name, b"")

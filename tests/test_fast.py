@@ -262,6 +262,12 @@ class Recorder:
         return call
 
 
+def test_autocast_of_the_caller_does_not_reach_a_fast_form():
+    passes = BatchGraphs(lambda images: images.float() @ torch.ones(4, 4), (4, 4), CPU, ())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert passes(torch.ones(1, 3, 4, 4, dtype=torch.uint8)).dtype == torch.float32
+
+
 @pytest.mark.parametrize("pinned", [False, True])
 def test_graph_calls_take_turns_and_leave_the_callers_memory(pinned, monkeypatch):
     """A caller may refill its own pinned memory when the call returns: it is not copied later."""

@@ -213,6 +213,7 @@ WRONG = [
     ("conv_relu_pool", (X, W, B, 4), ValueError, "padding 0 to 3"),
     ("conv_relu_pool", (X, W, B, 0, 2), ValueError, "pool_padding 0 or 1"),
     ("conv_relu_pool", (X[:, :, :4], W, B), ValueError, "too small"),
+    ("conv_relu_pool", (X[:, :, :3], W, B, 0, 1), ValueError, "too small"),
     ("conv_relu_pool", (X[:0], W, B), ValueError, "none empty"),
     ("conv_rows", (X, W, B, 0), TypeError, "all be float16 or all bfloat16"),
     ("conv_rows", (X.half(), W.half(), B.half(), 0), ValueError, "C a multiple of 64"),

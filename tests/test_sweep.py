@@ -1,6 +1,7 @@
 """Collections, seeds and ablations: the real script on a tiny collection, and the tables."""
 
 import json
+import os
 import shutil
 import time
 from unittest.mock import Mock
@@ -93,6 +94,15 @@ def test_collection_from_training_to_summary(loco, run_script, tmp_path):
         assert rows[2][metric]["values"] == pytest.approx([(a + c) / 2, (b + d) / 2])
     table = (runs / "summary.md").read_text()
     assert table in out and "| mean of these 2 |" in table and "±" in table
+    model = runs / "pushpins-small-seed0/model.pt"
+    checkpoint = torch.load(model)
+    checkpoint["state"]["threshold"] += 1
+    torch.save(checkpoint, model)
+    os.utime(model, (1e9, 1e9))  # another model is another model, however old its file
+    assert run_script(*evaluation)[0] == 0
+    threshold = results["pushpins-small-seed0"]["threshold"]
+    changed = read(model.with_name("results.json"))["threshold"]
+    assert changed == pytest.approx(threshold + 1)
     assert not list(tmp_path.rglob("*.unfinished*"))
 
     (tmp_path / "loco").rename(tmp_path / "moved")
@@ -368,11 +378,24 @@ def test_summary_by_hand():
     assert rows[-1][1:3] == ["0", "–"]  # no seed in common
     varied = [results("bottle", 0, 0.9, training={"p_hard": p}) for p in (0, 0.9)]
     for runs, words in (
-        ([results("bottle", 0, 0.9)] * 2, "same seed"),
+        ([results("bottle", 0, 0.9)] * 2, "two small runs of bottle with seed 0"),
         ([*varied, results("screw", 0, 0.9)], "one category"),
     ):
         with pytest.raises(ValueError, match=words):
             summarize(runs)
+
+
+def test_ablation_is_of_the_recipe_that_most_runs_have():
+    """One run of the other recipe has more normalizations than two runs of this one."""
+
+    def run(p_hard, recipe, count):
+        entry = {"p_hard": p_hard, "penalty": True, "quantiles": [0.9, 0.995], "recipe": recipe}
+        entries = [entry | {"image_auroc": 0.9}] * count
+        return results("screw", 0, 0.9, ablation=entries, training={"p_hard": p_hard})
+
+    tables = summarize([run(0, "short", 1), run(0.9, "short", 1), run(0.99, "paper", 9)])
+    shown = {row["percent"] for rows in tables.values() for row in rows if row["image_auroc"]}
+    assert shown == {"p_hard = 0", "p_hard = 0.9", "without hard feature loss"}
 
 
 def test_complete_collection_has_the_papers_means():

@@ -195,8 +195,10 @@ def measure_rows(model: nn.Module, images: Tensor, names: tuple, budget: float) 
             about[name] = {"missing": f"{type(error).__name__}: {error}".splitlines()[0][:80]}
             continue
         peak = memory(device, peak=True) - before
-        first = m if first is None else first
-        about[name] = {"peak MiB": peak, "map error": map_error(m, first)}
+        first = m if name == names[0] else first
+        about[name] = {"peak MiB": peak}
+        if first is not None:
+            about[name]["map error"] = map_error(m, first)
         if choice := getattr(function, "choice", ""):
             ours = [str(note.message) for note in notes if str(ROOT) in note.filename]
             about[name]["how"] = "; ".join([choice, *ours])
@@ -204,7 +206,8 @@ def measure_rows(model: nn.Module, images: Tensor, names: tuple, budget: float) 
     latencies = take_turns(functions, budget)
     for name, latency in latencies.items():
         latency["images/s"] = 1e3 * len(images) / latency["mean ms"]
-        latency["×"] = latencies[names[0]]["mean ms"] / latency["mean ms"]
+        if names[0] in latencies:
+            latency["×"] = latencies[names[0]]["mean ms"] / latency["mean ms"]
     return [{"row": name, **latencies.get(name, {}), **about[name]} for name in names]
 
 
@@ -412,6 +415,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         for name in options.sections:
             results |= SECTIONS[name](scope, device)
+            if options.json:  # a later section may fail
+                save(Path(options.json), results)
     print(section(results))
     if options.json:
         save(Path(options.json), results)

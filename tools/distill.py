@@ -186,9 +186,9 @@ class Views:
 
 
 def held_out_of(paths: list[Path]) -> list[Path]:
-    """The photos that measure the loss and are not learned: every 40th of 40 to 2,560, and of more
-    64, spread over all folders of a large set."""
-    every = 40 * max(1, len(paths) // 2560)
+    """The photos that measure the loss and are not learned: every 40th, and of a large set 64 that
+    are spread over most of it."""
+    every = 40 * max(1, round(len(paths) / 2560))
     return paths[::every][:64] if len(paths) >= 40 else []
 
 
@@ -199,7 +199,7 @@ class Distillation:
         self.options, self.step, self.check = options, 0, LossCheck(options.out)
         self.seconds = 0.0
         self.out, self.state_file = Path(options.out), Path(f"{options.out}.resume")
-        self.log_file = self.out.with_suffix(".jsonl")
+        self.log_file = Path(f"{options.out.removesuffix('.pt')}.jsonl")
         self.out.parent.mkdir(parents=True, exist_ok=True)
         if RANK == 0:
             self.lock = lock(self.out.with_name(f".{self.out.name}.lock"))

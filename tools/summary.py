@@ -108,8 +108,7 @@ def collection_rows(results: list[dict]) -> list[dict]:
     for r in sorted(results, key=lambda r: (r["category"], r["training"]["seed"])):
         category, seed = r["category"], r["training"]["seed"]
         if (category, seed) in runs:
-            reason = f"two {size} runs of one category with the same seed"
-            raise ValueError(f"{reason}; move one elsewhere")
+            raise ValueError(f"two {size} runs of {category} with seed {seed}; move one elsewhere")
         by_type = {f"{kind}/{k}": v for kind, entry in r["types"].items() for k, v in entry.items()}
         runs[category, seed] = r | by_type
         seeds.setdefault(category, []).append(seed)
@@ -134,7 +133,8 @@ def ablation_tables(results: list[dict]) -> dict[str, list[dict]]:
     are of the recipe that most runs have; the last table compares the recipes."""
     entries = [entry for r in results for entry in r.get("ablation", [])]
     recipes = [entry.get("recipe", "paper") for entry in entries]
-    recipe, scores, tables = max(set(recipes), key=recipes.count, default="paper"), {}, {}
+    by_run = [r["ablation"][0].get("recipe", "paper") for r in results if r.get("ablation")]
+    recipe, scores, tables = max(by_run, key=by_run.count, default="paper"), {}, {}
     for entry, name in zip(entries, recipes):
         key = name, entry["p_hard"], entry["penalty"], tuple(entry["quantiles"] or GAUSSIAN)
         scores.setdefault(key, []).append(entry["image_auroc"])

@@ -35,7 +35,15 @@ from support.images import DataError, Images
 from support.metrics import image_metrics
 from support.options import OptionError, RunOptions, make_parser, option, parse_options
 from support.report import table
-from support.runs import PATH_OPTIONS, holds_results, lock, remove_leftovers, run_command, write
+from support.runs import (
+    PATH_OPTIONS,
+    checksum,
+    holds_results,
+    lock,
+    remove_leftovers,
+    run_command,
+    write,
+)
 from support.training import one_by_one
 from tools.summary import cells, is_ablation, normalizations, summarize
 
@@ -197,14 +205,14 @@ def place_of(run: Path, model: nn.Module, options: evaluate.Options) -> str | No
 
 
 def results_of(run: Path, options: evaluate.Options) -> dict:
-    """A run's results.json. The run is evaluated first, unless it has one that is whole, newer than
-    the model, and of the data that it was trained on."""
+    """A run's results.json. The run is evaluated first, unless it has one that is whole, of this
+    model, and of the data that it was trained on."""
     path = run / "results.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         results = json.loads(path.read_text())
-        new = path.stat().st_mtime >= (run / "model.pt").stat().st_mtime
+        same = results["model_checksum"] == checksum(run / "model.pt")
         summarize([results])  # it has all that a summary wants
-        if results["own_data"] and new and not options.tiff:
+        if results["own_data"] and same and not options.tiff:
             return results
     print(f"{run}:", file=sys.stderr)
     with lock(run / ".lock"):
@@ -286,7 +294,6 @@ def main(argv: list[str] | None = None) -> None:
     if rank < gpus:  # torchrun: from here "cuda" is this process's own GPU
         torch.cuda.set_device(rank)
     parser = make_parser(Options, USAGE)
-    parser.allow_abbrev = False  # --seed is the training's
     known, rest = parser.parse_known_args(argv)
     sweep = Options(**vars(known))
     if sweep.evaluate is not None:
