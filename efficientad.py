@@ -74,7 +74,7 @@ class PDN(nn.Sequential):
         layers = [
             nn.Conv2d(3, width, 4, padding=3 * p),
             nn.ReLU(),
-            nn.AvgPool2d(2, 2, padding=p),  # padding counts in the mean, as in reproductions
+            nn.AvgPool2d(2, 2, padding=p),  # padding counts in the mean
             nn.Conv2d(width, 2 * width, 4, padding=3 * p),
             nn.ReLU(),
             nn.AvgPool2d(2, 2, padding=p),
@@ -106,7 +106,7 @@ def pooled_stage(x: Tensor, convolution: nn.Module, relu: nn.Module, pool: nn.Mo
     """Convolution, ReLU and average pool; one kernel in half precision on a GPU."""
     device, weight, bias = x.device.type, convolution.weight, convolution.bias
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if dtype == torch.float32 or not use_kernels(x, weight, bias):  # torch is faster in float32
+    if dtype == torch.float32 or not use_kernels(x, weight, bias):  # the fp32 kernel is for checks
         return pool(relu(convolution(x)))
     padding = convolution.padding[0]
     return conv_relu_pool(x.to(dtype), weight.to(dtype), bias, padding, pool.padding)
@@ -153,8 +153,8 @@ def quantile(x: Tensor, q: float) -> Tensor:
     position = q * (n - 1)
     low, high = math.floor(position), math.ceil(position)  # the neighbours' places in order
     if n - low <= n // 64:  # few are larger
-        top = x.topk(n - low).values  # indexed one by one: nothing waits for a GPU
-        value, above = top[-1], top[low - high - 1]
+        top = x.topk(n - low).values  # descending; plain indices copy nothing to a GPU
+        value, above = top[-1], top[low - high - 1]  # above: top[-2], or top[-1] if high == low
     else:
         value, above = x.kthvalue(low + 1).values, x.kthvalue(high + 1).values
     value = torch.lerp(value, above, position - low) if high > low else value
@@ -222,13 +222,13 @@ class EfficientAD(nn.Module):
     """Teacher, student and autoencoder with all that is needed to score an image (figure 5).
 
     `size`: "small" (S) or "medium" (M). `image_size`: (H, W), multiples of 32 from 128. `padding`:
-    zero padding inside teacher and student; reproductions have none. `shared_stem` (not in
+    zero padding inside teacher and student; published: while distilling only. `shared_stem` (not in
     the paper): the student's stem is the teacher's, frozen. Raises ValueError for an impossible
     option. Buffers: teacher_mean and teacher_std 1×384×1×1; quantiles [[q_a, q_b] of the local, of
     the global map]; threshold, above which an image is anomalous (infinite until `calibrate`)."""
 
     format = "efficientad"  # of a checkpoint
-    floor = 0.0  # an ordinary position's value in a map, where heat colours begin
+    floor = 0.0  # q_a on a map's scale, where heat colours begin: most normal pixels lie below
 
     def __init__(self, *, size="small", image_size=(256, 256), padding=False, shared_stem=False):
         super().__init__()
@@ -318,9 +318,9 @@ class EfficientAD(nn.Module):
         return {"combined": combined_map, "local": local_map, "global": global_map}
 
     def resize(self, m: Tensor) -> Tensor:
-        """Map N×1×h×w -> N×1×H×W; without padding in the PDN its rim of 4 positions is 0."""
-        if not self.padding:
-            m = F.pad(m, (4, 4, 4, 4))
+        """Map N×1×h×w -> N×1×H×W. No patch of an unpadded PDN is centred on the outer 4 positions:
+        there the map is 0, the level of q_a, as in reproductions."""
+        m = m if self.padding else F.pad(m, (4, 4, 4, 4))
         return F.interpolate(m, self.image_size, mode="bilinear")
 
     @torch.no_grad()
@@ -336,7 +336,7 @@ class EfficientAD(nn.Module):
     def losses(self, images: Tensor, augmented: Tensor, pretraining: Tensor | None, p_hard=0.999):
         """The loss terms of a training step by name; their sum is minimized: L_hard on the training
         images I and the penalty on pretraining images P of any size (None: none), section 3.2; L_AE
-        and L_STAE (3.3) on J, I with jittered colour. Each N×3×H×W, uint8 or float."""
+        and L_STAE (3.3) on J, I with jittered colour (supplement). Each N×3×H×W, uint8 or float."""
         i, j = self.normalize(images), self.normalize(augmented)
         student = self.student(i)[:, :CHANNELS]
         student_ae = self.student(j)[:, CHANNELS:]

@@ -30,9 +30,9 @@ from support.options import OptionError, RunOptions, option, parse_options, refu
 from support.runs import Run, check_free, run_command
 from support.tiling import TiledEfficientAD
 
-PAPER_STEPS, CPU_STEPS, SHORT_STEPS = 70000, 1500, 10000  # below SHORT_STEPS: recipe short
+PAPER_STEPS, CPU_STEPS, PAPER_FROM = 70000, 1500, 10000  # below PAPER_FROM: recipe short
 LR = {"paper": 1e-4, "short": 2e-3}
-ORDER_SEEDS = {"images": 0, "teacher": 0, "photos": 1, "known": 2, "known_teacher": 2}
+ORDER_SEEDS = {"images": 0, "teacher": 0, "photos": 1, "extra": 2, "extra_teacher": 2}
 USAGE = "python train.py [--data DIR] [options]"
 
 
@@ -42,14 +42,14 @@ class Options(RunOptions):
 
     command = "python train.py"
     size: str = option("small", "EfficientAD-S or -M", choices=["small", "medium"])
-    recipe: str | None = option(None, f"default short below {SHORT_STEPS} steps", choices=[*LR])
+    recipe: str | None = option(None, f"default short below {PAPER_FROM} steps", choices=[*LR])
     steps: int | None = option(None, f"default {PAPER_STEPS}; {CPU_STEPS} without a GPU")
     minutes: float | None = option(None, "all done in so many minutes; default recipe short")
     teacher: str | None = option(None, "default weights/teacher_SIZE.pt", metavar="FILE")
     pretraining_images: str | None = option(
         None, "photos for the penalty, or none; default crops of two photographs", metavar="DIR"
     )
-    padding: bool = option(False, "zero padding inside teacher and student; not in the paper")
+    padding: bool = option(False, "zero padding inside teacher and student; published runs: none")
     lr: float | None = option(None, "learning rate; default 1e-4, recipe short 2e-3")
     p_hard: float = option(0.999, "mining factor of the hard feature loss; 0: none")
     a: float = option(0.9, "map normalization: the quantile that becomes 0")
@@ -71,7 +71,7 @@ class Options(RunOptions):
         if self.steps is None and self.minutes is None:
             self.steps = PAPER_STEPS if self.device.startswith("cuda") else CPU_STEPS
         steps = 1 if self.steps is None else self.steps  # of --minutes: chosen later
-        self.recipe = self.recipe or ("paper" if steps >= SHORT_STEPS else "short")
+        self.recipe = self.recipe or ("paper" if steps >= PAPER_FROM else "short")
         self.lr = LR[self.recipe] if self.lr is None else self.lr
         self.check_rate(self.lr)
         if steps < 1 or not 0 <= self.p_hard <= 1 or not 0 <= self.a < self.b <= 1:
@@ -87,7 +87,7 @@ class Options(RunOptions):
 
 def losses_of(batch: dict[str, Tensor], model: EfficientAD, p_hard: float) -> dict[str, Tensor]:
     """The losses of a step by name: hard, autoencoder, student_autoencoder, penalty. I: training
-    images; J: the same with jittered brightness, contrast or saturation; P: pretraining images."""
+    images; J: I with jittered colour (recipe short: half of J is I); P: photos."""
     gray, factor, kind = batch["draws"]
     i, p = batch["images"], batch.get("photos")
     j = training.augment(i, factor, kind)
@@ -117,7 +117,7 @@ def make_step(model: EfficientAD, optimizers: list, options: Options, data: dict
     device, n, streams = torch.device(options.device), options.batch_size, {}
     about = optimizers, device, options.precision
     compute = training.Step(partial(losses_of, model=model, p_hard=options.p_hard), *about)
-    compute_known = training.Step(partial(training.known_losses, model=model), *about)
+    compute_extra = training.Step(partial(training.extra_losses, model=model), *about)
     model.train().autoencoder.train(not model.shared_stem)  # recipe short: no dropout
 
     def take_step(step: int) -> dict[str, Tensor]:
@@ -131,9 +131,9 @@ def make_step(model: EfficientAD, optimizers: list, options: Options, data: dict
         torch.manual_seed(options.seed * 1_000_003 + step)
         set_rate(optimizers, rate_factor(step, options))
         batch = {name: next(batches) for name, batches in streams.items()}
-        if "known" in batch:  # recipe short: a step more for the autoencoder
-            compute_known({name: batch.pop(name) for name in ("known", "known_teacher")})
-        return compute({**batch, "draws": training.draw(n, 0.5 * model.shared_stem)})
+        if "extra" in batch:  # recipe short: a step more for the autoencoder
+            compute_extra({name: batch.pop(name) for name in ("extra", "extra_teacher")})
+        return compute({**batch, "draws": training.draw(n, unchanged=0.5 * model.shared_stem)})
 
     return take_step
 

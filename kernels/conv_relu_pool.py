@@ -12,9 +12,9 @@ Cost of a 256² image without padding in fp16 or bf16 (126² and 61² positions 
 H200 at 4.3 TB/s and 790 TFLOP/s:
 
     stage    K     output channels   operations     bytes     time floor
-    S 1      64    128               1.04 GFLOP     4.6 MB    1.1 µs (bytes)
+    S 1      64    128               1.04 GFLOP     4.6 MB    1.3 µs (operations)
     S 2      2048  256               15.6 GFLOP     7.0 MB    20 µs (operations)
-    M 1      64    256               2.08 GFLOP     8.6 MB    2.0 µs (bytes)
+    M 1      64    256               2.08 GFLOP     8.6 MB    2.6 µs (operations)
     M 2      4096  512               62.4 GFLOP     16.1 MB   79 µs (operations)
 """
 

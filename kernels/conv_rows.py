@@ -5,7 +5,7 @@ Seen as a matrix of N·H·W rows (pixels) and C columns, an image needs no gathe
 at pixel m, window offset (ky, kx) reads row m + ky·W + kx, whatever m is. So a tile's left operand
 is a plain box of neighbouring rows, which the TMA copies into shared memory while tensor cores
 compute, and from where they read it. Outputs whose window would wrap around the image's edge are
-computed too (3 to 11 % more) and not stored.
+computed too (3 to 11 % more at 256²) and not stored.
 
 Teacher and student run in one launch: with `split`, the first `split` output channels read the
 first C channels of x, the others the C behind them. `conv_rows` adds bias and, if wanted, ReLU;
@@ -31,7 +31,7 @@ from .runtime import TensorDescriptor, check_tensors, jit, operator, split_convo
 # A program's tile is 256×128 (128×128 where that gives too few programs): 85 operations a byte from
 # the L2 cache. Eight warps are two warp groups. Three steps of 64 channels fill shared memory.
 CONFIG = {"BLOCK_O": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
-PROGRAMS = 100  # about one for each multiprocessor
+BIG_TILES_FROM = 100  # programs; with fewer too many of an H200's 132 multiprocessors are idle
 LAST = torch.channels_last
 
 
@@ -173,7 +173,7 @@ def op(x: Tensor, weight: Tensor, bias: Tensor, split: int, relu: bool) -> Tenso
     (n, _, h, w), (o, c, size, _) = x.shape, weight.shape
     blocks, out_h, out_w = o // CONFIG["BLOCK_O"], h - size + 1, w - size + 1
     pixels = n * h * w - (size - 1) * (w + 1)  # up to the last output
-    block_m = 256 if triton.cdiv(pixels, 256) * blocks >= PROGRAMS else 128
+    block_m = 256 if triton.cdiv(pixels, 256) * blocks >= BIG_TILES_FROM else 128
     out = x.new_empty(n, out_h, out_w, o).permute(0, 3, 1, 2)
     boxes = matrices(x, weight, 1, block_m)
     constants = (n, h, w, c, o, size, split, relu, block_m)

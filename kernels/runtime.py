@@ -97,7 +97,7 @@ def check_tensors(expected: str, shapes_fit: bool, **tensors: Tensor) -> None:
 
 
 def storage_order(x: Tensor) -> Tensor:
-    """x if its elements fill its storage without gaps in some order, else a contiguous copy."""
+    """x if it is contiguous or channels last, else a contiguous copy: no gaps in memory."""
     channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return x if channels_last else x.contiguous()
 

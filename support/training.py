@@ -179,10 +179,10 @@ def short_losses(
     return losses
 
 
-def known_losses(batch: dict[str, Tensor], model: EfficientAD) -> dict[str, Tensor]:
+def extra_losses(batch: dict[str, Tensor], model: EfficientAD) -> dict[str, Tensor]:
     """L_AE of images I whose teacher outputs are known, see `keep_teacher_outputs`."""
-    teacher = batch["known_teacher"].permute(0, 3, 1, 2)
-    autoencoder = model.autoencoder(model.normalize(batch["known"]))
+    teacher = batch["extra_teacher"].permute(0, 3, 1, 2)
+    autoencoder = model.autoencoder(model.normalize(batch["extra"]))
     return {"autoencoder": autoencoder_loss(teacher, autoencoder)}
 
 
@@ -207,18 +207,18 @@ def kept(features: Iterable[Tensor], precision: str) -> Tensor:
 
 def keep_teacher_outputs(model: EfficientAD, data: dict, precision: str, fit=False) -> None:
     """Add "teacher" to `data`: the teacher's outputs for the images, if they take no more than
-    KEPT_BYTES. Recipe short adds "known", as many of the images as there is room for, evenly
-    spread, and "known_teacher", their outputs. What is there already stays. With `fit` (recipe
+    KEPT_BYTES. Recipe short adds "extra", as many of the images as there is room for, evenly
+    spread, and "extra_teacher", their outputs. What is there already stays. With `fit` (recipe
     short) passes over all images set the teacher's mean and deviation as well."""
     images, device = data["images"], model.threshold.device
     size = CHANNELS * math.prod(model.map_size) * (4 if precision == "fp32" else 2)
     every, name = math.ceil(len(images) / max(1, KEPT_BYTES // size)), "teacher"
-    if "known_teacher" in data or (every > 1 and not model.shared_stem):
+    if "extra_teacher" in data or (every > 1 and not model.shared_stem):
         return
     if model.shared_stem:
         chosen = [torch.as_tensor(images[i]) for i in range(0, len(images), every)]
-        data["known"] = images = torch.stack(chosen).to(device)
-        name = "known_teacher"
+        data["extra"] = images = torch.stack(chosen).to(device)
+        name = "extra_teacher"
     each = one_by_one(data["images"] if fit else images, device, "teacher outputs")
     if not fit:
         data[name] = teacher_outputs(model, each, precision)

@@ -23,8 +23,8 @@ from support.training import (
     Step,
     augment,
     draw,
+    extra_losses,
     keep_teacher_outputs,
-    known_losses,
     luma,
     quarters,
     shuffled,
@@ -122,13 +122,13 @@ def test_recipe_shorts_step(demo_images, trained, monkeypatch):
     for precision, one in (("bf16", {**data}), ("fp32", data)):
         keep_teacher_outputs(fitted, same := {"images": data["images"]}, precision, fit=True)
         keep_teacher_outputs(fitted, one, precision)  # as a resumed run does
-        assert torch.equal(same["known_teacher"], one["known_teacher"])
+        assert torch.equal(same["extra_teacher"], one["extra_teacher"])
     model.fit_teacher_statistics(demo_images[:5].split(1))
     assert torch.equal(fitted.teacher_std, model.teacher_std)
-    assert torch.equal(data["known"], demo_images[[0, 3]])
-    x = model.normalize(data["known"])
+    assert torch.equal(data["extra"], demo_images[[0, 3]])
+    x = model.normalize(data["extra"])
     expected = autoencoder_loss(model.teacher_features(x), model.eval().autoencoder(x))
-    torch.testing.assert_close(known_losses(data, model)["autoencoder"], expected)
+    torch.testing.assert_close(extra_losses(data, model)["autoencoder"], expected)
 
     options = train.Options(device="cpu", steps=9, precision="fp32")
     adam, muon = train.optimizers_of(model, options)
