@@ -32,6 +32,7 @@ from support.backbone import (
     load_weights,
     make_trunk,
 )
+from support.calibration import calibrate
 from support.checkpoints import all_finite, is_url
 from support.data import load_normal_images
 from support.fast import DTYPES, choose_precision
@@ -46,7 +47,7 @@ from support.options import (
     refuse_several_runs,
 )
 from support.runs import Run, check_free, run_command
-from support.training import Step, batches_of, one_by_one, prepare_torch
+from support.training import Step, batches_of, prepare_torch
 
 CHANNELS, HIDDEN = 1536, 1024  # of a feature, of the discriminator's hidden layer
 # The first is the paper's; as many steps without a GPU, each on a quarter of the images.
@@ -350,8 +351,7 @@ def train(options: Options) -> Path:
         run.record(step, take_step({"features": next(batches)}), options.lr * factor)
 
     # Threshold and floor from the validation images.
-    scores = model.calibrate(one_by_one(normal.validation, device, "calibration"))
-    model.training_info["scores"] = sorted(scores.tolist())
+    calibrate(model, normal.validation)
     return run.finish(model)
 
 

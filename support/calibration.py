@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from efficientad import EfficientAD
 from support import int8
@@ -26,21 +26,21 @@ def fit_gaussian(model: EfficientAD, raw: list) -> Tensor:
 
 @torch.no_grad()
 def calibrate(
-    model: EfficientAD, images: Sequence, normalization: str, a: float, b: float
+    model: nn.Module, images: Sequence, normalization="quantile", a=0.9, b=0.995
 ) -> list[float]:
-    """Map normalization and threshold from normal images, uint8 3×H×W by index (section 3.4), or
-    with `normalization` "gaussian" by `fit_gaussian`. Then, but for "gaussian", the same for int8,
-    on the CPU, where the model is left. Returns the images' scores, which are kept in its
-    training_info too, sorted."""
-    device = model.threshold.device
-    batches = one_by_one(images, device, "calibration")
+    """Threshold, and of EfficientAD map normalization, from normal images, uint8 3×H×W by index
+    (section 3.4), or with `normalization` "gaussian" by `fit_gaussian`. Then, for "quantile", the
+    same for int8, on the CPU, where the model is left. Returns the images' scores, which are kept
+    in its training_info too, sorted."""
+    batches = one_by_one(images, model.threshold.device, "calibration")
+    quantiles = isinstance(model, EfficientAD) and normalization == "quantile"
     if normalization == "gaussian":
         model.eval()
         scores = fit_gaussian(model, [model.raw_maps(x) for x in batches])
     else:
-        scores = model.calibrate(batches, a, b)
+        scores = model.calibrate(batches, a, b) if quantiles else model.calibrate(batches)
     model.training_info["scores"] = sorted(scores.tolist())
-    if normalization != "gaussian":
+    if quantiles:
         calibrate_int8(model.cpu(), one_by_one(images, torch.device("cpu"), "int8"), a, b)
     return scores.tolist()
 

@@ -152,9 +152,6 @@ class Images:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return self.decode(index)
-
-    def decode(self, index: int) -> np.ndarray:
         for i in (k % len(self) for k in range(index, index + len(self))):
             if i in self.kept:
                 return self.kept[i]
@@ -182,7 +179,7 @@ class Images:
     def check(self) -> None:
         """Decode all images once. With `skip_bad` the bad ones are named on stderr and taken out,
         and later no other one is. Raises DataError for one, or if none can be read."""
-        decoded = in_threads(self.decode, range(len(self)), 4)  # large photos take much memory
+        decoded = in_threads(self.__getitem__, range(len(self)), 4)  # large photos take much memory
         for _ in tqdm(decoded, "decoding", len(self), unit="image"):
             pass
         self.errors = dict(sorted(self.errors.items()))

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from torch import nn
 
-from efficientad import EfficientAD
 from support.appearance import appearance_range
 from support.calibration import calibrate
 from support.checkpoints import write_checkpoint
@@ -45,13 +44,8 @@ def recalibrate(run: Path, model: nn.Module, folder: Path, confirmed: bool, skip
             remedy = "take defects out, or confirm with --yes"
             raise DataError(f"{', '.join(odd)}: {problem}; {remedy}")
     had_int8 = "int8" in info
-    if isinstance(model, EfficientAD):
-        how = info.get("map_normalization", "quantile"), info.get("a", 0.9), info.get("b", 0.995)
-        scores = calibrate(model, images, *how)
-    else:
-        batches = one_by_one(images, model.threshold.device, "calibration")
-        scores = model.calibrate(batches).tolist()
-        info["scores"] = sorted(scores)
+    how = info.get("map_normalization", "quantile"), info.get("a", 0.9), info.get("b", 0.995)
+    scores = calibrate(model, images, *how)
     fingerprints = sorted(look.fingerprint for look in looks)
     kept = {"trained_on": sorted(trained_on), "calibrated_on": fingerprints}
     info |= {"validation_images": len(images), "accepted": str(folder.resolve())}

@@ -293,8 +293,7 @@ class Run:
             return
         path, state = self.folder / "resume.pt", self.state
         with filling(f"{path}: damaged, or of another model; start the run again"):
-            before = {"pretraining_images": state["options"].get("pretraining_images")}
-            before |= state["files"]  # earlier versions had only folders there
+            before = state["files"]
             changed = [name for name, files in self.files.items() if files != before.get(name)]
             if not changed:
                 model.load_state_dict(state["model"])
@@ -347,12 +346,9 @@ class Run:
                     self.save()
                     saved = time.time()
                 if interrupt.asked:
-                    folder = shlex.quote(str(self.folder))
-                    command = f"{self.options.command} --resume {folder}"
-                    print(
-                        f"\ninterrupted after {self.step} steps; go on with {command}",
-                        file=sys.stderr,
-                    )
+                    command = f"{self.options.command} --resume {shlex.quote(str(self.folder))}"
+                    end = f"\ninterrupted after {self.step} steps; go on with {command}"
+                    print(end, file=sys.stderr)
                     raise SystemExit(130)
             self.save()
         self.seconds += time.time() - self.started
