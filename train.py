@@ -6,7 +6,7 @@
 
 Recipe paper is the paper's training; teacher, photos P and precision differ by default. Recipe
 short, ours, learns more in minutes: docs/options.md. A step's random choices follow from the seed
-and its number, so a resumed run equals an uninterrupted one. Several runs: python -m tools.sweep.
+and its number: on a CPU a resumed run equals an uninterrupted one. Several runs: tools.sweep.
 """
 
 import copy

@@ -97,9 +97,10 @@ def check_tensors(expected: str, shapes_fit: bool, **tensors: Tensor) -> None:
 
 
 def storage_order(x: Tensor) -> Tensor:
-    """x if it is contiguous or channels last, else a contiguous copy: no gaps in memory."""
-    channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return x if channels_last else x.contiguous()
+    """x without gaps in memory, channels last if a slice of such a tensor's channels; a copy only
+    if x is not so already."""
+    last = x.ndim == 4 and x.stride(1) == 1
+    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def split_convolution(x: Tensor, weight: Tensor, bias: Tensor, padding: int, split: int) -> Tensor:

@@ -116,9 +116,11 @@ class FastEfficientAD(TiledEfficientAD):
         n = min(n, max(1, tiling.TILE // self.activation))
         images = torch.randint(256, (n, 3, height, width), generator=torch.Generator())
         x = self.normalize(images.to(torch.uint8))
+        relu = ""
         if use_kernels(x) and not self.pair.with_kernels:
-            fast_gpu.fuse_if_faster(self.autoencoder, partial(self.autoencoder, x))
-        return self.pair.choose(x[:, :, : self.rows])
+            fused = fast_gpu.fuse_if_faster(self.autoencoder, partial(self.autoencoder, x))
+            relu = f"autoencoder: {fused}; "
+        return relu + self.pair.choose(x[:, :, : self.rows])
 
     def fuse_relu(self, pdns: Sequence[nn.Module], half: torch.dtype) -> None:
         """Let oneDNN apply the ReLUs of autoencoder and `pdns`, where it computes in their type."""

@@ -141,8 +141,9 @@ class BatchGraphs:
     def __init__(self, function: Callable, image_size, device: torch.device, batch_sizes: Sequence):
         self.function, self.graphs = function, {}  # by batch size: images' buffer, its graph
         self.device, self.done = device, None
-        if device.type == "cuda":  # the end of the latest call
+        if device.type == "cuda":  # the end of the latest call, and of the latest copy
             self.done = self.events.setdefault(device, torch.cuda.Event())
+            self.copied = torch.cuda.Event()
         for n in batch_sizes if self.done else ():
             with torch.inference_mode(False):  # else it could only be written within that mode
                 buffer = torch.zeros(n, 3, *image_size, dtype=torch.uint8, device=device)
@@ -162,21 +163,22 @@ class BatchGraphs:
         current = torch.cuda.current_stream(self.device)
         with self.turn, torch.no_grad(), self.own_precision():
             current.wait_event(self.done)
-            results = self.launch(images)
+            results = self.launch(images, current)
             self.done.record(current)
+        if images.is_pinned():  # a camera may refill its own memory
+            self.copied.synchronize()
         return results
 
     def own_precision(self) -> torch.autocast:
         """The function's, whatever autocast the caller is in."""
         return torch.autocast(self.device.type, enabled=False)
 
-    def launch(self, images: Tensor) -> tuple[Tensor, ...]:
+    def launch(self, images: Tensor, current: torch.cuda.Stream) -> tuple[Tensor, ...]:
         """Nothing waits; an earlier call's work is over when this one's begins."""
         buffer, graph = self.graphs.get(len(images), (None, None))
         if graph is None or images.dtype != buffer.dtype or images.shape != buffer.shape:
             return self.function(images.to(self.device))
-        if images.is_cuda or images.is_pinned():  # a camera may refill its own pinned memory
-            buffer.copy_(images)
-        else:
-            buffer.copy_(images.contiguous().pin_memory(), non_blocking=True)
+        there = images.is_cuda or images.is_pinned()
+        buffer.copy_(images if there else images.contiguous().pin_memory(), non_blocking=True)
+        self.copied.record(current)
         return tuple(result.clone() for result in graph())  # the graph's own are overwritten

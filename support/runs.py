@@ -359,7 +359,7 @@ class Run:
         self.check.add(sum(losses.values()))
         if step % 10 == 0 or step == self.total - 1:
             self.check.look(step)
-            values = {name: loss.item() for name, loss in losses.items()}
+            values = dict(zip(losses, torch.stack([*losses.values()]).tolist()))  # one wait
             self.bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
             self.log.add({"step": step, "lr": lr, **values})
 

@@ -111,6 +111,8 @@ def test_first_gpu(tmp_path, monkeypatch, capsys):
     assert "| ours |" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match="exit status 2: .*no such"):
         first_gpu.command("evaluate.py", "--run", tmp_path / "gone")
+    warn = "import warnings; warnings.warn('no CUDA graph')"
+    assert first_gpu.command("-c", warn) == "no CUDA graph"
 
 
 def test_first_gpus_tests(tmp_path):

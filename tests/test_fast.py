@@ -272,10 +272,11 @@ def test_autocast_of_the_caller_does_not_reach_a_fast_form():
 def test_graph_calls_take_turns_and_leave_the_callers_memory(pinned, monkeypatch):
     """A caller may refill its own pinned memory when the call returns: it is not copied later."""
     calls = []
-    stream, buffer, result = (Recorder(name, calls) for name in ("stream", "buffer", "result"))
+    names = "stream", "buffer", "result", "copied"
+    stream, buffer, result, copied = (Recorder(name, calls) for name in names)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     passes = BatchGraphs(None, (4, 4), CPU, ())
-    passes.done = Recorder("done", calls)
+    passes.done, passes.copied = Recorder("done", calls), copied
 
     def graph() -> tuple:
         assert passes.turn.locked()
@@ -284,11 +285,10 @@ def test_graph_calls_take_turns_and_leave_the_callers_memory(pinned, monkeypatch
 
     passes.graphs[1] = buffer, graph
     passes(Recorder("images", calls, pinned))
-    copies = [call for call in calls if call[1:2] == ("copy_",)]
-    assert copies == [("buffer", "copy_") if pinned else ("buffer", "copy_", True)]
     assert (("images", "pin_memory") in calls) == (not pinned)
-    order = [("stream", "wait_event"), copies[0], ("graph",), ("result", "clone")]
-    order += [("result", "clone"), ("done", "record")]
+    order = [("stream", "wait_event"), ("buffer", "copy_", True), ("copied", "record"), ("graph",)]
+    order += [("result", "clone"), ("result", "clone"), ("done", "record")]
+    order += [("copied", "synchronize")] * pinned
     assert [call for call in calls if call[0] != "images"] == order and not passes.turn.locked()
     passes.graphs, calls[:] = {}, []  # of another batch size
     passes.function = lambda images: calls.append(("pass", passes.turn.locked()))
