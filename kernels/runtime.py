@@ -56,8 +56,8 @@ def runs_on(*tensors: Tensor) -> bool:
 def has_tma(device: torch.device) -> bool:
     """Whether the GPU has a Tensor Memory Accelerator (TMA), which copies boxes of a matrix by
     itself (since Hopper, sm_90), and the 144 KiB of shared memory that conv_rows.py takes."""
-    if TensorDescriptor is None or INTERPRETED or device.type != "cuda":
-        return INTERPRETED
+    if TensorDescriptor is None or device.type != "cuda":
+        return INTERPRETED and TensorDescriptor is not None
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", 0)  # ROCm says none
     return properties.major >= 9 and shared >= 144 * 1024 + 256

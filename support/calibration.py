@@ -28,10 +28,10 @@ def fit_gaussian(model: EfficientAD, raw: list) -> Tensor:
 def calibrate(
     model: nn.Module, images: Sequence, normalization="quantile", a=0.9, b=0.995
 ) -> list[float]:
-    """Threshold, and of EfficientAD map normalization, from normal images, uint8 3×H×W by index
-    (section 3.4), or with `normalization` "gaussian" by `fit_gaussian`. Then, for "quantile", the
-    same for int8, on the CPU, where the model is left. Returns the images' scores, which are kept
-    in its training_info too, sorted."""
+    """Set a model's threshold from normal images, uint8 3×H×W by index; of an EfficientAD first its
+    map normalization (section 3.4; "gaussian": `fit_gaussian`). With quantiles it is then
+    calibrated for int8 too, on the CPU, where it is left. Returns the images' scores, which are
+    kept in its training_info too, sorted."""
     batches = one_by_one(images, model.threshold.device, "calibration")
     quantiles = isinstance(model, EfficientAD) and normalization == "quantile"
     if normalization == "gaussian":

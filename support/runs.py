@@ -293,8 +293,8 @@ class Run:
             return
         path, state = self.folder / "resume.pt", self.state
         with filling(f"{path}: damaged, or of another model; start the run again"):
-            before = state["files"]
-            changed = [name for name, files in self.files.items() if files != before.get(name)]
+            before = state["files"]  # earlier versions had only folders there
+            changed = [name for name, now in self.files.items() if now != before.get(name, now)]
             if not changed:
                 model.load_state_dict(state["model"])
                 for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):

@@ -82,7 +82,7 @@ def test_conv_relu_pool_reads_any_layout_and_keeps_nan():
         assert torch.equal(kernels.conv_relu_pool(other, weight, bias.float()), y)
     weight = weight.to(memory_format=torch.channels_last)
     assert torch.equal(kernels.conv_relu_pool(x, weight, bias), y)
-    assert torch.equal(kernels.conv_relu_pool(x, weight, bias.repeat(2, 1).T[:, 0]), y)
+    assert torch.equal(kernels.conv_relu_pool(x, weight, bias[:, None].repeat(1, 2)[:, 0]), y)
     x[:, 0, 0, 0] = math.nan
     y = kernels.conv_relu_pool(x, weight, bias)
     assert y[:, :, 0, 0].isnan().all() and not y[:, :, 1:].isnan().any()
@@ -143,7 +143,7 @@ def test_conv_rows_reads_slices_and_keeps_nan():
         y = function(part, weight, bias)  # where it lies
         assert torch.equal(y, function(part.contiguous(), weight, bias))
         assert torch.equal(y, function(at_8_bytes(part), at_8_bytes(weight), bias))
-        assert torch.equal(y, function(part, weight, bias.repeat(2, 1).T[:, 0]))
+        assert torch.equal(y, function(part, weight, bias[:, None].repeat(1, 2)[:, 0]))
     part[:, 0, 0, 0] = math.nan
     for relu in (False, True):
         y = kernels.conv_rows(part, weight, bias, 0, relu)
@@ -258,6 +258,12 @@ def test_hard_feature_loss(n, c, h, w, p_hard, dtype):
     expected = torch.zeros_like(both, dtype=torch.float64)
     expected[:, :c] = torch.where(hard, gradient, 0)
     assert both.grad.dtype == dtype and rms_error(both.grad, expected) < BOUNDS[dtype]
+
+
+def test_a_slice_of_channels_is_copied_in_its_order():
+    part = noise(2, 6, 3, 4, layout=torch.channels_last)[:, :3]
+    copy = MODULES["kernels.runtime"].storage_order(part)
+    assert copy.is_contiguous(memory_format=torch.channels_last) and torch.equal(copy, part)
 
 
 # ------------------------------------------------------------------------- operators and dispatch

@@ -405,7 +405,6 @@ def test_training_states_that_cannot_be_resumed(model, run_script, tmp_path):
     options = {"device": "cpu", "data": "part", "image_size": [128, 128], "steps": 2}
     options["pretraining_images"] = "none"
     names = {"data": fingerprint(sum(open_category("part").split(0), []), "part")}
-    names["pretraining_images"] = "none"
     good = {"format": "run", "options": options, "step": 1, "seconds": 0.0, "files": names}
     good |= {"model": model.state_dict(), "errors": {}, "optimizers": [{}]}
     path = tmp_path / "cut/resume.pt"

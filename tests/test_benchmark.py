@@ -7,6 +7,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -64,6 +65,16 @@ def test_first_row_fails(monkeypatch):
     first, half = benchmark.measure_rows(model, images, ("eager fp32", "eager half"), 0)
     assert first == {"row": "eager fp32", "missing": "RuntimeError: out of memory"}
     assert half["mean ms"] > 0 and not {"×", "map error"} & half.keys()
+
+
+def test_later_section_fails(monkeypatch, tmp_path):
+    """What was measured before is in the file."""
+    monkeypatch.setitem(benchmark.SECTIONS, "cost", lambda *_: {"measured": 1})
+    monkeypatch.setitem(benchmark.SECTIONS, "training", Mock(side_effect=RuntimeError))
+    with pytest.raises(RuntimeError):
+        options = ("--device", "cpu", "--json", str(tmp_path / "x.json"))
+        benchmark.main(["--sections", "cost", "training", *options])
+    assert json.loads((tmp_path / "x.json").read_text())["measured"] == 1
 
 
 def test_kernels_section_on_a_cpu(monkeypatch):

@@ -14,6 +14,7 @@ import evaluate
 import train
 from efficientad import ModelError
 from support.images import DataError
+from support.runs import checksum
 from tools import sweep
 from tools.summary import COLLECTIONS, TABLES, cells, normalizations, spread, summarize
 
@@ -160,8 +161,9 @@ def test_links_and_hidden_folders(loco, run_script, tmp_path):
         (tmp_path / "all" / name).symlink_to(tmp_path / "sets/v1")
     assert run_script("tools.sweep", "--data", "all", *STEP, "--out", "my runs")[0] == 0
     shutil.copytree(tmp_path / "my runs/alpha-small", tmp_path / "my runs/.trash")
-    broken = {"own_data": True, "training": {}}
-    (tmp_path / "my runs/beta-small/results.json").write_text(json.dumps(broken))
+    beta = tmp_path / "my runs/beta-small"
+    broken = {"own_data": True, "training": {}, "model_checksum": checksum(beta / "model.pt")}
+    (beta / "results.json").write_text(json.dumps(broken))
     status, out, err = run_script("tools.sweep", "--evaluate", "my runs", *CPU)
     assert status == 0 and "| alpha " in out and "| beta " in out and ".trash" not in out, err
     (tmp_path / "demo").symlink_to(tmp_path / "sets/demo")
